@@ -1,0 +1,1 @@
+"""What crosses a process boundary: job lines, prompts, results (pydantic and orjson; no torch)."""

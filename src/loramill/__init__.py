@@ -1,0 +1,18 @@
+"""loramill: offline bulk inference over one base language model and many LoRA adapters."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loramill.producer.mill import AsyncMill, Mill
+
+__version__ = "0.1.0"
+__all__ = ["AsyncMill", "Mill", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy: `import loramill` must not pull torch in (the producer side never needs it).
+    if name in ("Mill", "AsyncMill"):
+        from loramill.producer import mill
+
+        return getattr(mill, name)
+    raise AttributeError(f"module 'loramill' has no attribute {name!r}")

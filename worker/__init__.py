@@ -1,0 +1,1 @@
+"""The engine: schedule, run, sample, emit; and the runner that feeds it rows."""

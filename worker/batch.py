@@ -1,0 +1,167 @@
+"""The packed batch of one forward pass, and how the model's layers find it while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loramill.kernels.multi_lora import Routing
+from loramill.kernels.segments import segments_of
+from loramill.worker.cache import KVCache, LayerShape
+from loramill.worker.scheduler import Chunk
+from loramill.worker.slabs import Slabs
+
+
+@dataclass(slots=True)
+class Prefill:
+    """Chunks of `count` tokens each with `past` tokens in the cache before them.
+
+    Fresh prompts of one length attend together: `rows` [n * count] are their batch rows. A chunk with a past stands
+    alone, its cache starting at token offset `offset`.
+    """
+
+    count: int
+    past: int
+    rows: Tensor
+    offset: int = 0
+
+
+@dataclass(slots=True)
+class Decode:
+    """Every row of one slab, of which `queries` name the batch row [n]; a row not decoding now repeats another's."""
+
+    offset: int
+    capacity: int
+    longest: int
+    queries: Tensor
+    lengths: Tensor
+    """Tokens of each row to attend to, the new one included: [n]."""
+    uniform: bool
+    answered: Tensor | None
+    """Which of the slab's rows decode, when not all do."""
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Who may be attended to, [n, 1, 1, longest] bool, or None for everybody."""
+        if window is not None and window >= self.longest:
+            window = None
+        if window not in self._masks:
+            position = torch.arange(self.longest, device=self.lengths.device)
+            end = self.lengths[:, None]
+            seen = position < end if window is None else (position < end) & (position >= end - window)
+            trivial = self.uniform and window is None
+            self._masks[window] = None if trivial else seen[:, None, None, :]
+        return self._masks[window]
+
+
+@dataclass(slots=True)
+class Batch:
+    """T packed tokens, sorted by adapter slot, and the cache that they read and write."""
+
+    cache: KVCache
+    tokens: Tensor
+    positions: Tensor
+    places: Tensor
+    """Token offset in the cache of each token: [T]."""
+    outputs: Tensor
+    """The rows whose logits are wanted: [O]."""
+    routing: Routing
+    output_routing: Routing
+    """The same for a projection that sees the output rows only (the head)."""
+    prefills: list[Prefill]
+    decodes: list[Decode]
+    decode_rows: Tensor
+    """The batch row that each answered query of `decodes`, in order, belongs to."""
+
+
+@dataclass(slots=True)
+class Probe:
+    """Stands in for a batch in one tiny pass that learns each layer's shape (and whether we can serve it)."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+
+def pack(chunks: Sequence[Chunk], slabs: Slabs, cache: KVCache, device: torch.device) -> Batch:
+    """Lay out the chunks of a step, in their order."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    outputs: list[int] = []
+    fresh: dict[int, list[int]] = {}
+    continued: list[tuple[int, int, int, int]] = []
+    decoding: dict[int, dict[int, int]] = {}  # slab -> row in it -> batch row
+    for sequence, start, count, samples in chunks:
+        place = sequence.place
+        assert place is not None, "a scheduled sequence has a place"
+        first, offset = len(tokens), slabs.offset(place)
+        tokens += sequence.tokens[start : start + count]
+        positions += range(start, start + count)
+        places += range(offset + start, offset + start + count)
+        place.length = start + count
+        if samples:
+            outputs.append(len(tokens) - 1)
+        if count == 1:
+            decoding.setdefault(place.slab, {})[place.row] = first
+        elif start == 0:
+            fresh.setdefault(count, []).extend(range(first, first + count))
+        else:
+            continued.append((first, count, start, offset))
+
+    def on_device(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    prefills = [Prefill(count, 0, on_device(rows)) for count, rows in fresh.items()]
+    prefills += [Prefill(n, past, on_device(range(first, first + n)), offset) for first, n, past, offset in continued]
+    decodes = [_decode(slabs, slab, rows, device) for slab, rows in decoding.items()]
+    return Batch(
+        cache=cache,
+        tokens=on_device(tokens),
+        positions=on_device(positions),
+        places=on_device(places),
+        outputs=on_device(outputs),
+        routing=Routing(segments_of((c.sequence.slot, c.size) for c in chunks), device),
+        output_routing=Routing(segments_of((c.sequence.slot, int(c.samples)) for c in chunks), device),
+        prefills=prefills,
+        decodes=decodes,
+        decode_rows=on_device([rows[row] for rows in decoding.values() for row in sorted(rows)]),
+    )
+
+
+def _decode(slabs: Slabs, slab: int, rows: dict[int, int], device: torch.device) -> Decode:
+    held = slabs.rows(slab)[: max(rows) + 1]
+    some_row = next(iter(rows.values()))
+    # A row between two chunks of its prompt is computed with the others and thrown away: cheaper than a copy.
+    lengths = [place.length if place.row in rows else 1 for place in held]
+    queries = [rows.get(place.row, some_row) for place in held]
+    return Decode(
+        offset=slabs.offset(held[0]),
+        capacity=held[0].capacity,
+        longest=max(lengths),
+        queries=torch.tensor(queries, device=device),
+        lengths=torch.tensor(lengths, device=device),
+        uniform=min(lengths) == max(lengths),
+        answered=None if len(rows) == len(held) else torch.tensor(sorted(rows), device=device),
+    )
+
+
+_current: ContextVar[Batch | Probe] = ContextVar("loramill_batch")
+
+
+@contextmanager
+def running(batch: Batch | Probe) -> Iterator[None]:
+    """Within this block `current()` is `batch`: not every model hands arguments of ours down to its layers."""
+    token = _current.set(batch)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Batch | Probe:
+    """What `running` was given."""
+    return _current.get()

@@ -1,0 +1,145 @@
+"""The model's linear projections with room for adapters.
+
+Projections that read the same input (q/k/v, gate/up) become one: one GEMM and one multi-LoRA call, of which each
+sibling returns its columns. The fused weight is the storage; the projections' own weights become views of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loramill.kernels.multi_lora import multi_lora
+from loramill.worker.batch import Batch, current
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Attribute names that read one input in the families that keep them apart (Llama, Mistral, Qwen, Gemma, ...)."""
+
+
+@dataclass(slots=True, frozen=True)
+class Delta:
+    """What an adapter adds to one projection: `a` [rank, in], `b` [out, rank], the scale folded into `b`."""
+
+    a: Tensor
+    b: Tensor
+
+
+class FusedLinear:
+    """One weight [N, K] serving the projections `names`, and the adapter slots over it."""
+
+    def __init__(self, names: Sequence[str], linears: Sequence[nn.Linear], slots: int, is_head: bool) -> None:
+        self.names = tuple(names)
+        self.widths = [linear.out_features for linear in linears]
+        self.is_head = is_head
+        self._slots = slots
+        first = linears[0]
+        self.weight = _joined([linear.weight for linear in linears])
+        self.bias = None if first.bias is None else _joined([linear.bias for linear in linears])
+        self.a: Tensor | None = None
+        self.b: list[Tensor] = []
+        self.ranks = [[0] * len(names) for _ in range(slots)]
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._readers = 0
+
+    def columns(self, x: Tensor, reader: int) -> Tensor:
+        """Projection `reader` of x [..., K]. The first sibling to ask computes all; the last one lets go of it."""
+        if self._input is not x:
+            self._input, self._output, self._readers = x, self._forward(x), 0
+        output = self._output
+        assert output is not None
+        self._readers += 1
+        if self._readers == len(self.names):
+            self._input = self._output = None
+        start = sum(self.widths[:reader])
+        return output[..., start : start + self.widths[reader]]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        batch = current()
+        if self.a is not None and isinstance(batch, Batch):
+            routing = batch.output_routing if self.is_head else batch.routing
+            multi_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.a, self.b, self.ranks, routing)
+        return y
+
+    def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
+        """Fill a slot with an adapter's deltas for these projections; what it leaves alone becomes zero."""
+        mine = [deltas.get(name) for name in self.names]
+        largest = max((d.a.shape[0] for d in mine if d), default=0)
+        if largest:
+            self._make_room(largest)
+        if self.a is None:
+            return
+        self.a[slot].zero_()
+        for i, delta in enumerate(mine):
+            self.b[i][slot].zero_()
+            self.ranks[slot][i] = delta.a.shape[0] if delta else 0
+            if delta:
+                self.a[slot, i, : delta.a.shape[0]] = delta.a.to(self.a)
+                self.b[i][slot, : delta.a.shape[0]] = delta.b.t().to(self.b[i])
+
+    def _make_room(self, rank: int) -> None:
+        held = 0 if self.a is None else self.a.shape[2]
+        if rank <= held:
+            return
+        a = self.weight.new_zeros(self._slots, len(self.names), rank, self.weight.shape[1])
+        b = [self.weight.new_zeros(self._slots, rank, width) for width in self.widths]
+        if self.a is not None:
+            a[:, :, :held] = self.a
+            for new, old in zip(b, self.b, strict=True):
+                new[:, :held] = old
+        self.a, self.b = a, b
+
+
+class Projection(nn.Module):
+    """Stands where an `nn.Linear` stood and returns its columns of the fused projection."""
+
+    def __init__(self, linear: nn.Linear, fused: FusedLinear, reader: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        start = sum(fused.widths[:reader])
+        rows = slice(start, start + linear.out_features)
+        self.weight = nn.Parameter(fused.weight[rows], requires_grad=False)
+        self.bias = None if fused.bias is None else nn.Parameter(fused.bias[rows], requires_grad=False)
+        self._fused, self._reader = fused, reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., out_features]."""
+        return self._fused.columns(x, self._reader)
+
+
+def install(model: nn.Module, slots: int) -> list[FusedLinear]:
+    """Replace every linear projection of a causal model; the list is what adapters are put into."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    installed: list[FusedLinear] = []
+    for path, parent in list(model.named_modules()):
+        for names in _groups(parent):
+            linears = [getattr(parent, name) for name in names]
+            prefix = f"{path}." if path else ""
+            fused = FusedLinear([prefix + name for name in names], linears, slots, is_head=linears[0] is head)
+            for reader, (name, linear) in enumerate(zip(names, linears, strict=True)):
+                setattr(parent, name, Projection(linear, fused, reader))
+            installed.append(fused)
+    return installed
+
+
+def _joined(parts: list[nn.Parameter]) -> Tensor:
+    """One tensor of all rows; a single part stays where it is, since an embedding may share it."""
+    return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+
+
+def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    linears = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
+    for siblings in SIBLINGS:
+        if all(name in linears for name in siblings):
+            group = [linears[name] for name in siblings]
+            if len({(one.in_features, one.bias is None, one.weight.dtype) for one in group}) == 1:
+                yield siblings
+                for name in siblings:
+                    del linears[name]
+    for name in linears:
+        yield (name,)

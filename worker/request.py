@@ -1,0 +1,103 @@
+"""What goes into the engine and what comes out: plain slotted data, no tokenizer, no schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(slots=True, frozen=True)
+class Sampling:
+    """How the tokens of one row are chosen. Every field has its final value: defaults are resolved before."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in CTRL (1909.05858)."""
+    presence_penalty: float = 0.0
+    """Over the output only."""
+    frequency_penalty: float = 0.0
+    """Over the output only."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    """Unsigned 64 bits; a row's draws depend on it, the sample's index and the position, and on nothing else."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many alternatives to report beside each chosen token; None reports nothing."""
+
+
+@dataclass(slots=True, frozen=True)
+class Request:
+    """One row: `prompt` (token ids, at least one) answered `sampling.n` times by `adapter`."""
+
+    key: int
+    """The row's number; the result carries it back."""
+    prompt: list[int]
+    sampling: Sampling
+    adapter: str | None = None
+    """Content hash of a registered adapter; None is the base model."""
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a chosen token under the model's raw distribution, and its best alternatives."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, logprob), best first; as many as asked for."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """One of a row's `n` answers."""
+
+    index: int
+    token_ids: list[int]
+    """Everything generated, the end-of-sequence token included."""
+    finish_reason: FinishReason
+    stop_string: str | None = None
+    """The stop string that ended it: the text is cut where it first appears."""
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """A finished row: `completions` in index order, or an `error` and none."""
+
+    key: int
+    prompt_tokens: int
+    completions: list[Completion]
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    waves: int = 0
+    """Distinct sets of resident adapters that the run went through."""
+    preemptions: int = 0
+    running: int = 0
+    resident: int = 0

@@ -1,0 +1,187 @@
+"""What the next forward pass computes. Pure: no torch, no I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loramill.kernels.segments import BASE_SLOT
+from loramill.worker.request import Request, TokenLogprob
+from loramill.worker.slabs import Place, Slabs
+from loramill.worker.slots import Load, Slots
+
+GROWTH_TOKENS = 256
+"""How far beyond its prompt a row reserves cache at once; longer answers grow into larger rows as they come."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: sample `index` of `request`."""
+
+    request: Request
+    index: int
+    tokens: list[int]
+    """Prompt and what was generated so far."""
+    computed: int = 0
+    """How many of `tokens` have their keys and values in the cache."""
+    slot: int = BASE_SLOT
+    place: Place | None = None
+    started: bool = False
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the cache may have to hold (the last token is never computed)."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens - 1
+
+
+class Chunk(NamedTuple):
+    """`size` tokens of a sequence from position `start`; `samples`: it reaches the end, so a token is drawn."""
+
+    sequence: Sequence
+    start: int
+    size: int
+    samples: bool
+
+
+class Step(NamedTuple):
+    """One forward pass: first carry out `loads`, then compute `chunks`, which are sorted by adapter slot."""
+
+    loads: list[Load]
+    chunks: list[Chunk]
+
+
+class Scheduler:
+    """Continuous batching under a token budget, a sequence limit, a slot limit and the cache's room.
+
+    Rows are admitted in the order in which they were added, except that a row whose adapter can have no slot now is
+    passed over. A running row always goes on; when the cache is full the youngest one starts over later.
+    """
+
+    def __init__(self, slots: Slots, slabs: Slabs, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}): "
+                "every running row decodes one token a step"
+            )
+        self.slots = slots
+        self.slabs = slabs
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._admissible = False  # something changed since admission last came to a stop
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+        self._admissible = True
+
+    def schedule(self) -> Step:
+        """Decide the next pass: every decode, then prompts under way, then new rows."""
+        self._make_room()
+        budget = self.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        for decoding in (True, False):
+            for sequence in self.running:
+                if (sequence.pending == 1) is decoding and budget:
+                    chunks.append(_chunk(sequence, budget))
+                    budget -= chunks[-1].size
+        loads = self._admit(budget, chunks) if budget and self._admissible else []
+        chunks.sort(key=lambda chunk: chunk.sequence.slot)
+        return Step(loads, chunks)
+
+    def finish(self, sequence: Sequence) -> None:
+        """A running sequence is done: its cache room and its hold on the adapter go."""
+        self.running.remove(sequence)
+        self._release(sequence)
+
+    def cancel_waiting(self) -> list[Sequence]:
+        """Drop and return what waits of rows none of whose sequences has started."""
+        begun = {s.request.key for s in self.running} | {s.request.key for s in self.waiting if s.started}
+        dropped = [s for s in self.waiting if s.request.key not in begun]
+        self.waiting = deque(s for s in self.waiting if s.request.key in begun)
+        return dropped
+
+    def _admit(self, budget: int, chunks: list[Chunk]) -> list[Load]:
+        loads: list[Load] = []
+        kept: deque[Sequence] = deque()
+        blocked: set[str] = set()
+        wanted = {s.request.adapter for s in self.waiting if s.request.adapter}
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting.popleft()
+            adapter = sequence.request.adapter
+            if adapter in blocked:
+                kept.append(sequence)
+                continue
+            if adapter and self.slots.slot(adapter) is None:
+                # Cache room first: a load whose row then cannot start would evict for nothing.
+                place = self._reserve(sequence)
+                load = self.slots.place(adapter, wanted) if place else None
+                if load is None:
+                    if place:
+                        self.slabs.free(place)
+                        blocked.add(adapter)
+                        kept.append(sequence)
+                        continue
+                    self.waiting.appendleft(sequence)
+                    break
+                loads.append(load)
+            elif (place := self._reserve(sequence)) is None:
+                self.waiting.appendleft(sequence)
+                break
+            sequence.place = place
+            sequence.slot = self.slots.acquire(adapter) if adapter else BASE_SLOT
+            sequence.started = True
+            self.running.append(sequence)
+            chunks.append(_chunk(sequence, budget))
+            budget -= chunks[-1].size
+        self._admissible = bool(self.waiting) and not budget
+        kept.extend(self.waiting)
+        self.waiting = kept
+        return loads
+
+    def _reserve(self, sequence: Sequence) -> Place | None:
+        room = sequence.longest
+        if len(self.slabs) > 1:  # with a single slab there would be nowhere to grow into
+            room = min(room, len(sequence.tokens) + GROWTH_TOKENS)
+        return self.slabs.allocate(room)
+
+    def _make_room(self) -> None:
+        """Grow every row whose next token would not fit; the youngest rows give way."""
+        for sequence in list(self.running):
+            place = sequence.place
+            if place is None or len(sequence.tokens) <= place.capacity:
+                continue
+            room = min(sequence.longest, 2 * place.capacity)
+            while sequence.place is not None and not self.slabs.grow(place, room):
+                self._preempt(self.running.pop())
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.place is not None:
+            self.slabs.free(sequence.place)
+            sequence.place = None
+        if sequence.request.adapter:
+            self.slots.release(sequence.request.adapter)
+        self._admissible = True
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    size = min(sequence.pending, budget)
+    return Chunk(sequence, sequence.computed, size, samples=size == sequence.pending)
