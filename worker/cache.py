@@ -22,15 +22,16 @@ class LayerShape(NamedTuple):
 class KVCache:
     """`tokens` places of key [heads, key_dim] and value [heads, value_dim] for each layer.
 
-    Memory is reserved, not filled: on a CPU a place costs nothing until it is written.
+    Places that nobody wrote are zero, never NaN: attention gives what is masked the weight 0, and 0 * NaN is NaN. On a
+    CPU such zeros cost no memory until they are written.
     """
 
     def __init__(self, shapes: Mapping[int, LayerShape], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        def empty(heads: int, dim: int) -> Tensor:
-            return torch.empty(tokens, heads, dim, dtype=dtype, device=device)
+        def zeros(heads: int, dim: int) -> Tensor:
+            return torch.zeros(tokens, heads, dim, dtype=dtype, device=device)
 
-        self.keys = {layer: empty(s.heads, s.key_dim) for layer, s in shapes.items()}
-        self.values = {layer: empty(s.heads, s.value_dim) for layer, s in shapes.items()}
+        self.keys = {layer: zeros(s.heads, s.key_dim) for layer, s in shapes.items()}
+        self.values = {layer: zeros(s.heads, s.value_dim) for layer, s in shapes.items()}
 
     def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value [T, heads, dim] of T tokens at token offsets `places` [T]."""
@@ -42,7 +43,11 @@ class KVCache:
         for source, target, length in moves:
             for store in (self.keys, self.values):
                 for tensor in store.values():
-                    tensor[target : target + length] = tensor[source : source + length]
+                    if source is None:
+                        tensor[target : target + length] = 0
+                    else:
+                        tensor[target : target + length] = tensor[source : source + length]
+                        tensor[source : source + length] = 0
 
 
 def bytes_per_token(shapes: Mapping[int, LayerShape], dtype: torch.dtype) -> int:

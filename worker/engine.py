@@ -223,7 +223,7 @@ class Engine:
         key = sequence.request.key
         scheduler = self._scheduler
         for other in [s for s in scheduler.running if s.request.key == key]:
-            scheduler.finish(other)
+            scheduler.finish(other, failed=True)
         for other in [s for s in scheduler.waiting if s.request.key == key]:
             scheduler.waiting.remove(other)
         del self._rows[key]

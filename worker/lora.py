@@ -127,7 +127,7 @@ def install(model: nn.Module, slots: int) -> list[FusedLinear]:
     return installed
 
 
-def _joined(parts: list[nn.Parameter]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """One tensor of all rows; a single part stays where it is, since an embedding may share it."""
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 

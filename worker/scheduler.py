@@ -101,10 +101,10 @@ class Scheduler:
         chunks.sort(key=lambda chunk: chunk.sequence.slot)
         return Step(loads, chunks)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: Sequence, *, failed: bool = False) -> None:
         """A running sequence is done: its cache room and its hold on the adapter go."""
         self.running.remove(sequence)
-        self._release(sequence)
+        self._release(sequence, wipe=failed)
 
     def cancel_waiting(self) -> list[Sequence]:
         """Drop and return what waits of rows none of whose sequences has started."""
@@ -168,14 +168,15 @@ class Scheduler:
                 self._preempt(self.running.pop())
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        # Amid its prompt nothing was drawn yet that would have shown a NaN.
+        self._release(sequence, wipe=sequence.computed < len(sequence.request.prompt))
         sequence.computed = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, *, wipe: bool) -> None:
         if sequence.place is not None:
-            self.slabs.free(sequence.place)
+            self.slabs.free(sequence.place, wipe=wipe)
             sequence.place = None
         if sequence.request.adapter:
             self.slots.release(sequence.request.adapter)

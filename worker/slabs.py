@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 
 class Move(NamedTuple):
-    """Copy `length` tokens of cache from token offset `source` to `target`."""
+    """Move `length` tokens of cache from token offset `source` to `target`, leaving zeros; no source is zeros."""
 
-    source: int
+    source: int | None
     target: int
     length: int
 
@@ -70,9 +70,14 @@ class Slabs:
             with_room.pop()
         return place
 
-    def free(self, place: Place) -> None:
-        """Give the room back; the slab's last row moves into the hole."""
+    def free(self, place: Place, *, wipe: bool = False) -> None:
+        """Give the room back; the slab's last row moves into the hole.
+
+        `wipe` what may be NaN: whoever has the room next would meet it under its mask.
+        """
         slab = self._slabs[place.slab]
+        if wipe:
+            self.moves.append(Move(None, self.offset(place), place.length))
         was_full = len(slab.rows) == self.tokens // slab.capacity
         last = slab.rows.pop()
         if last is not place:

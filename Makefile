@@ -1,0 +1,62 @@
+# The two commands: `make demo` and `make test`. Both set up .venv when it is missing or out of date.
+#   PYTHON=...  interpreter for .venv (3.11 or newer)
+#   ARGS=...    extra arguments for pytest (make test) or for the harness (make bench)
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+TINY := examples/tiny
+
+.PHONY: demo test check bench tiny clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	@mkdir -p out
+	$(BIN)/loramill run -i $(TINY)/jobs.jsonl -o out/demo.jsonl --base-model $(TINY)/base --adapters-dir $(TINY)/adapters --overwrite
+	@$(BIN)/python examples/show.py $(TINY)/jobs.jsonl out/demo.jsonl
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/house/test_boundaries.py
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m bench $(ARGS)
+
+tiny: $(VENV)/.installed-bench
+	$(BIN)/python examples/train_tiny.py
+
+clean:
+	rm -rf $(VENV) .cache out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian ships venv's second half (ensurepip) as a package of its own: without it `python3 -m venv` fails half-way.
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.11 or newer" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: $(PYTHON) is older than Python 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { \
+	    package=$$("$(PYTHON)" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$$package"; \
+	    else \
+	        echo "make: $(PYTHON) cannot make virtual environments; install the package $$package" >&2; exit 1; \
+	    fi; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+# The same install with an extra; it brings the plain one up to date as well.
+$(VENV)/.installed-%: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable '.[$*]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,1 @@
+"""The runners of the benchmark, one interface for all (`bench.peers.runner`)."""

@@ -1,0 +1,66 @@
+"""The `loramill` command. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+import loramill
+from loramill.producer.failures import ExitCode, Failure
+from loramill.producer.options import RunOptions, run_options
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(loramill.__version__, prog_name="loramill", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Bulk inference over one base language model and many LoRA adapters."""
+
+
+@cli.command()
+@run_options
+def run(**given: Any) -> ExitCode:
+    """Answers every line of a JSONL file, each by the adapter that it names.
+
+    Interrupted, killed or out of disk, the same command again goes on where it stopped and redoes no finished row.
+    """
+    started_s = time.monotonic()
+    from loramill.producer.run import run_file  # torch and transformers take seconds, which are the run's too
+
+    return run_file(RunOptions(**given), started_s)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with an ExitCode; whatever happens, one clear line and no traceback."""
+    sys.exit(_main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> ExitCode:
+    try:
+        return ExitCode(cli.main(arguments, prog_name="loramill", standalone_mode=False) or ExitCode.OK)
+    except click.exceptions.NoArgsIsHelpError as asked:
+        click.echo(asked.format_message(), err=True)
+        return ExitCode.USAGE
+    except Failure as failure:
+        return _say(failure.code, *failure.lines)
+    except click.ClickException as error:
+        return _say(ExitCode.USAGE, error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        return _say(ExitCode.INTERRUPTED, "interrupted")
+    except Exception as error:
+        if os.environ.get("LORAMILL_DEBUG"):
+            traceback.print_exc()
+        what = " ".join(str(error).split()) or "no message"
+        hint = "LORAMILL_DEBUG=1 shows where; what is committed stays, and the same command resumes"
+        return _say(ExitCode.MACHINE, f"{type(error).__name__}: {what} ({hint})")
+
+
+def _say(code: ExitCode, *lines: str) -> ExitCode:
+    for line in lines:
+        click.echo(line if code is ExitCode.INTERRUPTED else f"Error: {line}", err=True)
+    return code

@@ -1,0 +1,35 @@
+"""The invalid lines of a run that goes on without them, kept on disk until they go to the error file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from loramill.schemas.errors import LineError
+from loramill.schemas.response import error_line
+from loramill.store.journal import DoneRow
+
+
+class InvalidLines:
+    """What is wrong with each, in an unnamed file in `folder`: there may be as many as rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with this object)
+
+    def add(self, row: int, line: int, error: LineError) -> None:
+        """Takes the invalid row number `row`; `line` is its line in the file."""
+        record = [row, f"line {line}: {error.message}", error.code, error.param, error.custom_id]
+        self._file.write(json.dumps(record).encode() + b"\n")
+
+    def rows(self, job_id: str) -> Iterator[DoneRow]:
+        """Each as a line of the error file, in the order in which they were added."""
+        self._file.seek(0)
+        for record in self._file:
+            row, message, code, param, custom_id = json.loads(record)
+            yield DoneRow(row, True, error_line(job_id, row, custom_id, message, code=code, param=param))
+
+    def close(self) -> None:
+        """Lets the file go."""
+        self._file.close()

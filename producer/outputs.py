@@ -1,0 +1,79 @@
+"""The files that a run makes: checked before it starts, put in place when it is done."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loramill.producer.failures import ExitCode, Failure
+from loramill.producer.options import RunOptions
+from loramill.store.files import atomic_writer, remove_file
+from loramill.store.journal import Journal
+
+
+def check_outputs(options: RunOptions) -> None:
+    """Raises Failure: USAGE for names that clash or files in the way, MACHINE for a folder that cannot be written."""
+    if str(options.output) == "-":
+        raise Failure(ExitCode.USAGE, "-o -: the output must be a file, its finished rows are kept beside it")
+    files = {"--output": options.output, "--errors": options.errors_path, "the journal": options.journal_path}
+    if options.input != "-":
+        files = {"--input": Path(options.input)} | files
+    _refuse_clashes(files)
+    for flag in ("--output", "--errors"):
+        _check_target(flag, files[flag])
+    if not options.journal_path.exists():
+        refuse_existing(options)
+
+
+def refuse_existing(options: RunOptions) -> None:
+    """Raises Failure (USAGE) if a result file is there already and may not be replaced."""
+    for path in (options.output, options.errors_path):
+        if path.exists() and not options.overwrite:
+            raise Failure(ExitCode.USAGE, f"{path} exists: pass --overwrite to replace it")
+
+
+def publish(journal: Journal, options: RunOptions) -> None:
+    """Puts the error file and then the output in place, each whole, and removes the journal.
+
+    A run killed in here is finished by the same command: the journal is there until both files are. Raises StoreError.
+    """
+    if journal.totals().failed:
+        _assemble(journal, options.errors_path, failed=True)
+    else:
+        remove_file(options.errors_path)
+    _assemble(journal, options.output, failed=False)
+    journal.delete()
+
+
+def _assemble(journal: Journal, path: Path, *, failed: bool) -> None:
+    # Through a link, to where it leads: replacing the link itself would surprise.
+    with atomic_writer(path.resolve()) as write:
+        for line in journal.lines(failed=failed):
+            write(line + b"\n")
+
+
+def _refuse_clashes(files: dict[str, Path]) -> None:
+    seen: dict[Path, str] = {}
+    for flag, path in files.items():
+        real = path.resolve()
+        # The same file under another name: a hard link, or a file system that ignores case.
+        other = seen.get(real) or next((seen[old] for old in seen if _is_same(old, real)), None)
+        if other:
+            raise Failure(ExitCode.USAGE, f"{other} and {flag} are the same file: {path}")
+        seen[real] = flag
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _check_target(flag: str, path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise Failure(ExitCode.USAGE, f"{flag} {path}: not a regular file")
+    if not path.parent.is_dir():
+        raise Failure(ExitCode.MACHINE, f"{flag} {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise Failure(ExitCode.MACHINE, f"{flag} {path}: the folder {path.parent} cannot be written")

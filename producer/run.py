@@ -1,0 +1,225 @@
+"""`loramill run`: one job in this process, from the input file to the output file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+
+from loramill.producer.base import silence_libraries
+from loramill.producer.failures import ExitCode, Failure
+from loramill.producer.index import Index
+from loramill.producer.interrupts import Interrupts
+from loramill.producer.invalid import InvalidLines
+from loramill.producer.local import LocalEngine, Models, identity_of, open_models, refuse_adapters
+from loramill.producer.options import RunOptions
+from loramill.producer.outputs import check_outputs, publish, refuse_existing
+from loramill.producer.progress import Moment, Progress, counter, note
+from loramill.producer.reader import Input, InputError, open_input
+from loramill.producer.validate import validate
+from loramill.store.errors import JournalMismatch, StoreError
+from loramill.store.journal import DoneRow, Journal, remove_journal
+
+_COMMIT_ROWS = 4096
+_RESUMES = "what is committed stays, and the same command resumes"
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run came to. Rows and tokens are the whole job's; seconds, rates and adapter counts this process's."""
+
+    rows: int = 0
+    failed: int = 0
+    invalid: int = 0
+    """Among the failed: lines that were skipped as invalid."""
+    resumed: int = 0
+    """Rows that an earlier process finished."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    load_s: float = 0.0
+    """Loading the weights."""
+    run_s: float = 0.0
+    """First forward pass to last row done, adapter loading included."""
+    total_s: float = 0.0
+    prompt_tokens_per_s: float = 0.0
+    completion_tokens_per_s: float = 0.0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    waves: int = 0
+    output: str = ""
+    errors: str | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class _Job:
+    """A checked job, and the journal that says how much of it is done."""
+
+    id: str
+    options: RunOptions
+    models: Models
+    source: Input
+    index: Index
+    journal: Journal
+
+
+def run_file(options: RunOptions, started_s: float) -> ExitCode:
+    """Carries out `loramill run`, begun at `started_s` (time.monotonic). Raises Failure with the exit code of whatever
+    went wrong."""
+    silence_libraries()
+    folder = options.output.parent
+    with Interrupts() as interrupts, _as_failures():
+        check_outputs(options)
+        models = open_models(options)
+        with open_input(options.input, str(folder)) as source, closing(InvalidLines(folder)) as invalid:
+            index = _check(source, models, options, invalid)
+            with closing(_open_journal(options, source, models, index)) as journal:
+                job = _Job(journal.identity_sha256, options, models, source, index, journal)
+                summary = _finish(job, invalid, interrupts)
+    summary.total_s = time.monotonic() - started_s
+    return _report(summary, options)
+
+
+def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidLines) -> Index:
+    """Every line checked. Raises Failure (INPUT) with what is wrong, all of it together."""
+    skip = options.on_invalid == "skip"
+    index = validate(
+        source,
+        models.prompter,
+        base_name=models.base_name,
+        adapters=models.names,
+        max_rows=options.limit,
+        on_invalid=invalid.add if skip else None,
+        on_progress=counter(f"checked {{}} lines of {source.name}", quiet=options.quiet),
+    )
+    if index.problem_count and not skip:
+        shown = [problem.render(source.name) for problem in index.problems]
+        more = f" (the first {len(shown)} are shown)" if index.problem_count > len(shown) else ""
+        count = f"{index.problem_count:,} of {index.total_rows:,} lines are invalid{more}"
+        raise Failure(ExitCode.INPUT, *shown, f"{count}: nothing was run; --on-invalid skip runs the others")
+    named = models.named_by(index)
+    refuse_adapters({name: models.unusable[name] for name in named if name in models.unusable})
+    for name, problems in models.unusable.items():
+        note(f"Warning: adapter `{name}` cannot be served, and no row names it: {problems[0]}", quiet=options.quiet)
+    return index
+
+
+def _open_journal(options: RunOptions, source: Input, models: Models, index: Index) -> Journal:
+    """The journal of this very job. Raises Failure (INPUT) for another's, unless it may be replaced."""
+    identity = {
+        "input": source.sha256,
+        "--limit": str(options.limit),
+        "--base-name": models.base_name,
+        **identity_of(models, models.named_by(index)),
+    }
+    try:
+        return Journal(options.journal_path, identity)
+    except JournalMismatch as error:
+        if not options.overwrite:
+            raise Failure(ExitCode.INPUT, f"{error}; pass --overwrite to start afresh") from error
+    remove_journal(options.journal_path)
+    return Journal(options.journal_path, identity)
+
+
+def _finish(job: _Job, invalid: InvalidLines, interrupts: Interrupts) -> Summary:
+    """Runs what the journal lacks, and puts the result files in place."""
+    journal, options, index = job.journal, job.options, job.index
+    summary = Summary(rows=index.total_rows, invalid=index.problem_count, resumed=journal.totals().done)
+    try:
+        if summary.resumed < summary.rows:
+            # Only a finished journal explains an output that is there already: a kill right before its removal.
+            refuse_existing(options)
+            _commit(journal, invalid.rows(job.id))
+            _answer(job, summary, interrupts)
+        totals = journal.totals()
+        if totals.done < summary.rows:
+            raise KeyboardInterrupt
+        publish(journal, options)
+    except KeyboardInterrupt:
+        kept = f"{journal.totals().done:,} of {summary.rows:,} rows are done and kept"
+        raise Failure(ExitCode.INTERRUPTED, f"interrupted: {kept}; the same command resumes") from None
+    summary.failed, summary.prompt_tokens = totals.failed, totals.prompt_tokens
+    summary.completion_tokens = totals.completion_tokens
+    summary.output, summary.errors = str(options.output), str(options.errors_path) if totals.failed else None
+    return summary
+
+
+def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
+    """Runs the rows that are not done, until they are or an interrupt asks to stop."""
+    index, quiet = job.index, job.options.quiet
+    left = np.flatnonzero(~job.journal.done(index.total_rows)[index.row])
+    if not len(left):
+        return
+    before = f", {summary.resumed:,} done before" if summary.resumed else ""
+    note(f"{summary.rows:,} rows{before}, {len(job.models.named_by(index))} adapters: loading the base", quiet=quiet)
+    load_started_s = time.monotonic()
+    engine = LocalEngine(job.models, job.options, longest_row=int((index.prompt_tokens + index.max_tokens)[left].max()))
+    run_started_s = time.monotonic()
+    totals = job.journal.totals()
+    rows_done, rows_failed = totals.done, totals.failed
+
+    def commit(rows: list[DoneRow]) -> None:
+        nonlocal rows_done, rows_failed
+        job.journal.commit(rows)
+        rows_done += len(rows)
+        rows_failed += sum(row.failed for row in rows)
+
+    def show() -> None:
+        stats = engine.stats
+        tokens = (stats.prompt_tokens, stats.completion_tokens)
+        progress.update(Moment(rows_done, rows_failed, *tokens, stats.resident))
+
+    shard = engine.shard(job.source, index, left, job_id=job.id, emit=commit)
+    with Progress(summary.rows, quiet=quiet) as progress, interrupts.draining():
+        engine.run(shard, stopping=lambda: interrupts.requested, on_step=show)
+    stats = engine.stats
+    summary.load_s = run_started_s - load_started_s
+    summary.run_s = time.monotonic() - run_started_s
+    summary.prompt_tokens_per_s = stats.prompt_tokens / summary.run_s
+    summary.completion_tokens_per_s = stats.completion_tokens / summary.run_s
+    summary.adapter_loads, summary.adapter_evictions = stats.adapter_loads, stats.adapter_evictions
+    summary.waves = stats.waves
+
+
+def _commit(journal: Journal, rows: Iterator[DoneRow]) -> None:
+    while some := list(islice(rows, _COMMIT_ROWS)):
+        journal.commit(some)
+
+
+def _report(summary: Summary, options: RunOptions) -> ExitCode:
+    where = f" -> {summary.errors}" if summary.errors else ""
+    done = f"{summary.rows:,} rows in {summary.total_s:,.1f} s -> {summary.output}; {summary.failed:,} failed{where}"
+    note(done, quiet=options.quiet)
+    if options.json:
+        numbers = {
+            name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(summary).items()
+        }
+        print(json.dumps(numbers), flush=True)
+    return ExitCode.ROWS_FAILED if summary.failed and not options.allow_failures else ExitCode.OK
+
+
+@contextmanager
+def _as_failures() -> Iterator[None]:
+    """What can go wrong below, as the exit code and the one line that a person needs."""
+    try:
+        yield
+    except InputError as error:
+        raise Failure(ExitCode.INPUT, str(error)) from error
+    except StoreError as error:
+        raise Failure(ExitCode.MACHINE, f"{error}; {_RESUMES}") from error
+    except OSError as error:
+        raise Failure(ExitCode.MACHINE, f"{error.filename or 'I/O'}: {error.strerror or error}; {_RESUMES}") from error
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; torch itself is the worker's.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            advice = "try a smaller --max-num-seqs, --max-num-batched-tokens or --kv-cache-memory"
+            raise Failure(ExitCode.MACHINE, f"out of memory: {_first_line(error)}; {advice}; {_RESUMES}") from error
+        raise Failure(ExitCode.MACHINE, f"the device failed: {_first_line(error)}; {_RESUMES}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

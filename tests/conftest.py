@@ -1,0 +1,81 @@
+"""Fixtures that several rooms share."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The first example pays for building tables, and on a busy machine any of them can be slow.
+settings.register_profile("loramill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loramill")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """A real transformers tokenizer: one token a byte (256), `<s>` put before text, `</s>`, and no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+
+
+@pytest.fixture(scope="session")
+def tiny_base(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama (2 layers, context 256), the byte tokenizer and a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-base"
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_base: Path) -> Callable[..., Path]:
+    """Makes an adapter for tiny_base as the real peft saves it: random, and strong enough to change answers."""
+
+    def make(folder: Path, *, seed: int = 0, rank: int = 4, noop: bool = False, **settings: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        targets = ["q_proj", "v_proj", "down_proj"]
+        config = LoraConfig(r=rank, lora_alpha=64, target_modules=targets, init_lora_weights=noop, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft uses names that transformers has deprecated
+            get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the adapters `one`, `two` and `three` for tiny_base."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two", "three")):
+        make_adapter(root / name, seed=seed)
+    return root

@@ -1,0 +1,141 @@
+"""The documentation says what the code does: flags, defaults, exit codes, fields, error codes, rules and examples."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from loramill.producer.cli import cli
+from loramill.producer.failures import ExitCode
+from loramill.schemas.errors import ErrorCode
+from loramill.schemas.fields import INERT, UNSUPPORTED
+from loramill.schemas.sampling import ChatBody, CompletionBody
+
+REPO = Path(__file__).parents[2]
+README = (REPO / "README.md").read_text()
+FORMATS = (REPO / "docs" / "formats.md").read_text()
+PAGES = [path.relative_to(REPO).as_posix() for path in (*REPO.glob("*.md"), *REPO.glob("docs/*.md"))]
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a heading, up to the next heading of any level."""
+    _, _, after = page.partition(f"\n{heading}\n")
+    assert after, f"no heading {heading!r}"
+    return re.split(r"\n#+ ", after)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows, its head left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def options() -> dict[str, click.Option]:
+    """`loramill run`'s options by their long flag."""
+    found = [option for option in cli.commands["run"].params if isinstance(option, click.Option)]
+    return {option.opts[0] if option.opts[0].startswith("--") else option.opts[-1]: option for option in found}
+
+
+def flag_rows() -> dict[str, str]:
+    """The README's flags, each with what it says of the default."""
+    found = {}
+    for flags, default, *_ in rows(section(README, "## `loramill run`")):
+        (flag,) = re.findall(r"--[a-z-]+", flags)
+        found[flag] = default
+    return found
+
+
+def test_every_flag_is_documented_and_no_other() -> None:
+    assert set(flag_rows()) == set(options())
+
+
+@pytest.mark.parametrize("flag", options())
+def test_defaults_are_as_documented(flag: str) -> None:
+    option, said = options()[flag], flag_rows()[flag]
+    if option.required:
+        assert said == "required"
+    elif option.is_flag:
+        assert said == "off"
+    elif isinstance(option.default, str | int):
+        assert said == f"`{option.default}`"
+
+
+@pytest.mark.parametrize("flag", options())
+def test_every_flag_has_its_environment_variable(flag: str) -> None:
+    assert options()[flag].envvar == "LORAMILL_" + flag[2:].replace("-", "_").upper()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_shown_commands_use_flags_that_exist(page: str) -> None:
+    for block in re.findall(r"```sh\n(.*?)```", (REPO / page).read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.removeprefix(".venv/bin/").startswith("loramill run"):
+                used = {word.partition("=")[0] for word in shlex.split(line, comments=True) if word.startswith("--")}
+                assert used <= set(options())
+
+
+def test_exit_codes_are_as_documented() -> None:
+    listed = [int(code.strip("`")) for code, _ in rows(section(README, "### Exit codes"))]
+    assert listed == [code.value for code in ExitCode]
+
+
+def test_honoured_fields_are_as_documented() -> None:
+    listed = [field.strip("`") for field, *_ in rows(section(FORMATS, "### Fields of a body"))]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {*ChatBody.model_fields, *CompletionBody.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("heading", "fields"), [("### Inert fields", INERT), ("### Refused fields", {*UNSUPPORTED, "best_of"})]
+)
+def test_other_fields_are_as_documented(heading: str, fields: set[str]) -> None:
+    paragraph = section(FORMATS, heading).strip().split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", paragraph)) == set(fields)
+
+
+def test_error_codes_are_as_documented() -> None:
+    listed = {code.strip("`") for code, _ in rows(section(FORMATS, "## Error file"))}
+    # What only a whole batch can have, and what only the engine can say.
+    assert listed == {*map(str, ErrorCode)} - {"empty_file", "too_many_tasks"} | {"engine_error"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    path = REPO / page
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    named = re.findall(r"^([\w/]+)/ ", section(README, "## Files"), re.MULTILINE)
+    assert [name for name in named if not (REPO / name).is_dir()] == []
+    hidden = {"out", "build", "dist"}
+    folders = {
+        p.name for p in REPO.iterdir() if p.is_dir() and not p.name.startswith((".", "__")) and p.name not in hidden
+    }
+    assert folders - {"src"} <= set(named)
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_examples_print_what_they_say(code: str) -> None:
+    """Each example runs as it stands; the comment behind `print(...)` is its output, line by line."""
+    said = re.findall(r"print\(.*\)  # (.*)", code)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == said[0].split(", ")
+
+
+def test_the_first_command_in_the_readme_runs(tmp_path: Path) -> None:
+    command = re.search(r"^\.venv/bin/loramill (run .*?[^\\])$", README, re.DOTALL | re.MULTILINE)
+    assert command
+    arguments = shlex.split(command[1].replace("\\\n", " ").replace("answers.jsonl", str(tmp_path / "answers.jsonl")))
+    done = subprocess.run([Path(sys.executable).with_name("loramill"), *arguments], cwd=REPO, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    jobs = (REPO / "examples" / "tiny" / "jobs.jsonl").read_text().splitlines()
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(jobs)

@@ -1,0 +1,167 @@
+"""The engine's promises beyond parity: endings, several answers, repeatable draws, a small cache, poisoned rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from loramill.worker import scheduler
+from loramill.worker.engine import Engine
+from loramill.worker.model import ModelError
+from loramill.worker.request import FinishReason, Request, Result, Sampling
+
+Answer = Callable[[Engine, list[Request]], dict[int, Result]]
+Make = Callable[..., Engine]
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, 97) for _ in range(draw.randint(1, 40))] for _ in range(count)]
+
+
+def tokens(results: dict[int, Result]) -> dict[int, list[list[int]]]:
+    return {key: [c.token_ids for c in result.completions] for key, result in results.items()}
+
+
+def as_text(ids: list[int]) -> str:
+    return "".join(chr(ord("A") + token) for token in ids)
+
+
+def test_a_sampled_row_gives_the_same_tokens_whatever_it_is_batched_with(
+    family: Callable[[str], Any], make_engine: Make, answer: Answer
+) -> None:
+    hashes = [None, *(adapter.sha256 for adapter in family("llama").adapters)]
+    rows = [
+        Request(k, prompt, Sampling(24, temperature=0.9, top_p=0.95, seed=k * 7, n=1 + k % 2), hashes[k % 6])
+        for k, prompt in enumerate(prompts(18))
+    ]
+    together = tokens(answer(make_engine(max_loras_per_batch=3), rows))
+    alone = tokens(answer(make_engine(max_num_seqs=1), rows))
+    shuffled = random.Random(1).sample(rows, len(rows))
+    chunked = tokens(answer(make_engine(max_loras_per_batch=1, max_num_seqs=5, max_num_batched_tokens=9), shuffled))
+    assert together == alone == chunked
+    other = [Request(r.key, r.prompt, Sampling(24, temperature=0.9, seed=r.key * 7 + 1), r.adapter) for r in rows]
+    assert tokens(answer(make_engine(), other)) != together
+
+
+def test_a_small_cache_changes_no_answer(make_engine: Make, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows grow from little room, move, give way and start over; what they say stays the same."""
+    rows = [Request(k, prompt, Sampling(200, temperature=0, ignore_eos=True)) for k, prompt in enumerate(prompts(6))]
+    roomy = make_engine()
+    expected = tokens(answer(roomy, rows))
+    per_token = 3 * 2 * (16 + 16) * 4
+    monkeypatch.setattr(scheduler, "GROWTH_TOKENS", 16)
+    tight = make_engine(kv_cache_memory=3 * 256 * per_token)
+    assert tokens(answer(tight, rows)) == expected
+    assert tight.stats.preemptions > 0, "the cache was meant to be too small for all"
+    assert roomy.stats.preemptions == 0
+
+
+def test_a_row_reserves_what_it_needs_and_no_more_than_the_limit(make_engine: Make) -> None:
+    with pytest.raises(ModelError, match="--kv-cache-memory"):
+        make_engine(kv_cache_memory=1000)
+
+
+def test_endings(make_engine: Make, answer: Answer) -> None:
+    prompt = [5, 9, 11, 40]
+    free = answer(make_engine(), [Request(0, prompt, Sampling(12, temperature=0, ignore_eos=True))])[0].completions[0]
+    assert (free.finish_reason, len(free.token_ids)) == (FinishReason.LENGTH, 12)
+    third = free.token_ids[2]
+    first = free.token_ids.index(third)
+    by_id = answer(make_engine(), [Request(0, prompt, Sampling(12, temperature=0, stop_token_ids=(third,)))])[0]
+    assert by_id.completions[0].token_ids == free.token_ids[: first + 1]
+    assert by_id.completions[0].finish_reason is FinishReason.STOP
+    text = as_text(free.token_ids)
+    stop = text[3:5]
+    sampling = Sampling(12, temperature=0, ignore_eos=True, stop=("never", stop))
+    by_text = answer(make_engine(decode=as_text), [Request(0, prompt, sampling)])[0].completions[0]
+    assert (by_text.finish_reason, by_text.stop_string) == (FinishReason.STOP, stop)
+    assert as_text(by_text.token_ids) == text[: text.index(stop) + 2]
+
+
+def test_the_end_of_sequence_token_ends_a_row_unless_ignored(make_engine: Make, answer: Answer) -> None:
+    bias = {2: 100.0}  # the model's eos
+    sampling = Sampling(5, temperature=0, logit_bias=bias)
+    ended = answer(make_engine(), [Request(0, [7], sampling)])[0].completions[0]
+    assert (ended.token_ids, ended.finish_reason) == ([2], FinishReason.STOP)
+    on = answer(make_engine(), [Request(0, [7], Sampling(5, temperature=0, logit_bias=bias, ignore_eos=True))])[0]
+    assert on.completions[0].token_ids == [2] * 5
+
+
+def test_n_answers_come_together_in_order_and_differ(make_engine: Make, answer: Answer) -> None:
+    results = answer(make_engine(), [Request(3, [5, 6], Sampling(10, seed=1, n=4, logprobs=2))])
+    completions = results[3].completions
+    assert [c.index for c in completions] == [0, 1, 2, 3]
+    assert len({tuple(c.token_ids) for c in completions}) > 1
+    for completion in completions:
+        assert completion.logprobs is not None
+        assert [one.token_id for one in completion.logprobs] == completion.token_ids
+        assert all(len(one.top) == 2 and one.logprob <= one.top[0][1] + 1e-6 for one in completion.logprobs)
+
+
+def test_a_row_that_turns_to_nan_fails_alone(make_engine: Make, answer: Answer) -> None:
+    # One capacity class for all, so that the later rows get the poisoned rows' places in the cache.
+    fine = [Request(0, [9] * 35, Sampling(6, temperature=0, ignore_eos=True))]
+    fine += [Request(key, [7, 8], Sampling(40, temperature=0, ignore_eos=True)) for key in (1, 2, 3)]
+    healthy = tokens(answer(make_engine(), fine))
+    engine = make_engine()
+    with torch.no_grad():
+        engine._model._model.get_input_embeddings().weight[50] = float("nan")
+    poisoned = [Request(key, [50] * 30, Sampling(6, temperature=0, n=key)) for key in (1, 3)]
+    results = answer(engine, [fine[0], *poisoned])
+    assert tokens({0: results[0]}) == {0: healthy[0]}
+    for row in poisoned:
+        assert results[row.key].completions == []
+        assert "not finite" in str(results[row.key].error)
+    assert engine.num_running == 0
+    # Their NaN lies beyond the end of whoever comes next: masked, but 0 * NaN is NaN.
+    assert tokens(answer(engine, fine)) == healthy
+
+
+def test_cancelling_leaves_what_runs_and_frees_the_keys(make_engine: Make) -> None:
+    engine = make_engine(max_num_seqs=2)
+    for key in range(5):
+        engine.add(Request(key, [5], Sampling(3, temperature=0, ignore_eos=True)))
+    engine.step()
+    assert engine.cancel_waiting() == [2, 3, 4]
+    engine.add(Request(2, [5], Sampling(1, temperature=0)))
+    finished = []
+    while engine.has_work:
+        finished += [result.key for result in engine.step()]
+    assert sorted(finished) == [0, 1, 2]
+    assert engine.step() == []
+
+
+def test_what_cannot_be_queued_is_refused(family: Callable[[str], Any], make_engine: Make) -> None:
+    engine = make_engine()
+    engine.add(Request(0, [5], Sampling(3)))
+    for request, why in [
+        (Request(0, [5], Sampling(3)), "row 0"),
+        (Request(1, [], Sampling(3)), "at least 1"),
+        (Request(1, [5], Sampling(0)), "at least 1"),
+        (Request(1, [5] * 200, Sampling(57)), "together at most 256"),
+        (Request(1, [5], Sampling(3), "feed"), "not registered"),
+        (Request(1, [5], Sampling(3, stop=("x",))), "decode"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            engine.add(request)
+    assert engine.num_waiting == 1
+
+
+def test_the_counters_add_up(family: Callable[[str], Any], make_engine: Make, answer: Answer) -> None:
+    one = family("llama")
+    engine = make_engine(max_loras_per_batch=2)
+    rows = [
+        Request(k, prompt, Sampling(5, temperature=0, ignore_eos=True), one.adapters[k % 3].sha256)
+        for k, prompt in enumerate(prompts(9))
+    ]
+    answer(engine, rows)
+    stats = engine.stats
+    assert stats.prompt_tokens == sum(len(row.prompt) for row in rows)
+    assert stats.completion_tokens == 45
+    assert (stats.adapter_loads, stats.adapter_evictions, stats.waves) == (3, 1, 2)
+    assert (stats.running, stats.resident) == (0, 2)

@@ -1,0 +1,124 @@
+"""Continuous batching, without a model: limits, order, and that every row gets to its end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramill.kernels.segments import BASE_SLOT
+from loramill.worker.request import Request, Sampling
+from loramill.worker.scheduler import Scheduler, Sequence
+from loramill.worker.slabs import Slabs
+from loramill.worker.slots import Slots
+
+
+def sequence(key: int, prompt: int, answer: int, adapter: str | None = None) -> Sequence:
+    return Sequence(Request(key, [7] * prompt, Sampling(max_tokens=answer), adapter), 0, [7] * prompt)
+
+
+def scheduler(*, slots: int = 2, slabs: int = 4, tokens: int = 128, seqs: int = 4, budget: int = 16) -> Scheduler:
+    return Scheduler(Slots(slots), Slabs(slabs, tokens), max_num_seqs=seqs, max_num_batched_tokens=budget)
+
+
+def run(plan: Scheduler) -> list[list[tuple[int, int, int]]]:
+    """Play the engine's part; (key, start, size) of each pass."""
+    passes = []
+    while plan.waiting or plan.running:
+        step = plan.schedule()
+        assert step.chunks, "work left and nothing scheduled"
+        assert sum(chunk.size for chunk in step.chunks) <= plan.max_num_batched_tokens
+        assert len(plan.running) <= plan.max_num_seqs
+        slots = [chunk.sequence.slot for chunk in step.chunks]
+        assert slots == sorted(slots)
+        assert len(set(slots) - {BASE_SLOT}) <= plan.slots.capacity
+        plan.slabs.moves.clear()
+        for one, start, size, samples in step.chunks:
+            assert start == one.computed
+            assert one.place is not None
+            assert start + size <= one.place.capacity
+            one.computed += size
+            one.place.length = one.computed
+            assert samples == (one.computed == len(one.tokens))
+            if samples:
+                one.tokens.append(9)
+                if one.generated == one.request.sampling.max_tokens:
+                    plan.finish(one)
+        passes.append([(c.sequence.request.key, c.start, c.size) for c in step.chunks])
+    return passes
+
+
+def test_prompts_are_cut_into_chunks_beside_decodes() -> None:
+    plan = scheduler(budget=16)
+    plan.add(sequence(0, 10, 3))
+    plan.add(sequence(1, 20, 1))
+    assert run(plan) == [[(0, 0, 10), (1, 0, 6)], [(0, 10, 1), (1, 6, 14)], [(0, 11, 1)]]
+
+
+def test_a_finished_place_is_filled_in_the_next_pass() -> None:
+    plan = scheduler(seqs=1)
+    plan.add(sequence(0, 3, 1))
+    plan.add(sequence(1, 3, 1))
+    assert run(plan) == [[(0, 0, 3)], [(1, 0, 3)]]
+
+
+def test_a_row_without_a_slot_is_passed_over_not_waited_for() -> None:
+    plan = scheduler(slots=1)
+    plan.add(sequence(0, 2, 2, "a"))
+    plan.add(sequence(1, 2, 1, "b"))
+    plan.add(sequence(2, 2, 1, "a"))
+    plan.add(sequence(3, 2, 1))
+    assert [[key for key, _, _ in chunks] for chunks in run(plan)] == [[3, 0, 2], [0], [1]]
+
+
+def test_rows_grow_and_the_youngest_gives_way_when_the_cache_is_full() -> None:
+    plan = scheduler(slabs=2, tokens=1024, seqs=4, budget=2048)
+    rows = [sequence(key, 4, 900) for key in range(4)]
+    for one in rows:
+        plan.add(one)
+    run(plan)
+    assert plan.preemptions > 0
+    assert all(one.generated == 900 for one in rows)
+
+
+def test_cancelling_keeps_rows_that_began() -> None:
+    plan = scheduler(seqs=1)
+    plan.add(sequence(0, 2, 2))
+    plan.add(sequence(1, 2, 2))
+    plan.schedule()
+    assert [one.request.key for one in plan.cancel_waiting()] == [1]
+    assert [one.request.key for one in plan.running] == [0]
+
+
+def test_a_budget_below_one_token_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens"):
+        scheduler(seqs=8, budget=4)
+
+
+rows = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.sampled_from([None, *"abcd"])), max_size=25)
+
+
+@given(rows, st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(6, 40))
+def test_every_row_is_computed_whole_within_all_limits(
+    mix: list[tuple[int, int, str | None]], slots: int, slabs: int, seqs: int, budget: int
+) -> None:
+    plan = scheduler(slots=slots, slabs=slabs, seqs=seqs, budget=budget)
+    added = [sequence(key, prompt, answer, adapter) for key, (prompt, answer, adapter) in enumerate(mix)]
+    for one in added:
+        plan.add(one)
+    run(plan)
+    assert all(one.generated == one.request.sampling.max_tokens for one in added)
+    assert not plan.slots._running
+
+
+@given(rows, st.integers(1, 3))
+def test_a_job_sorted_by_adapter_loads_each_adapter_once(mix: list[tuple[int, int, str | None]], slots: int) -> None:
+    plan = scheduler(slots=slots, slabs=8)
+    mix.sort(key=lambda row: row[2] or "")
+    for key, (prompt, answer, adapter) in enumerate(mix):
+        plan.add(sequence(key, prompt, answer, adapter))
+    loaded: list[str] = []
+    place = plan.slots.place
+    plan.slots.place = lambda adapter, wanted: (load := place(adapter, wanted)) and (loaded.append(adapter) or load)  # type: ignore[method-assign]
+    run(plan)
+    assert sorted(loaded) == sorted({adapter for _, _, adapter in mix if adapter})

@@ -1,0 +1,237 @@
+"""The runner with an engine that answers at once or late, so that order, batching and cancelling can be seen."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from loramill.schemas.prompt import Limits, Prompter
+from loramill.store.journal import DoneRow
+from loramill.worker import shard_runner
+from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
+from loramill.worker.shard_runner import Job, Shard, ShardRunner
+
+JOB = Job("job", "base", {"sql": "abc123"}, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
+
+
+class EchoEngine:
+    """Answers up to `max_num_seqs` rows a step, each with its own prompt."""
+
+    max_num_seqs = 2
+
+    def __init__(self) -> None:
+        self.waiting: list[Request] = []
+        self.seen: list[Request] = []
+        self.longest_queue = 0
+        self.fails_on = -1
+        self.completion: dict[str, Any] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+        self.longest_queue = max(self.longest_queue, len(self.waiting))
+
+    def step(self) -> list[Result]:
+        now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
+        self.seen += now
+        return [self.answer(request) for request in now]
+
+    def answer(self, request: Request) -> Result:
+        if len(self.seen) == self.fails_on:
+            return Result(request.key, len(request.prompt), [], error="the model's output was not finite")
+        fields = {"token_ids": request.prompt, "finish_reason": FinishReason.LENGTH} | self.completion
+        count = request.sampling.n
+        return Result(request.key, len(request.prompt), [Completion(index, **fields) for index in range(count)])
+
+    def cancel_waiting(self) -> list[int]:
+        dropped, self.waiting = self.waiting, []
+        return [request.key for request in dropped]
+
+
+def native(number: int, **fields: Any) -> tuple[int, bytes]:
+    return number, json.dumps({"id": f"r{number}", "prompt": [number % 250], "max_tokens": 4, **fields}).encode()
+
+
+@pytest.fixture
+def engine() -> EchoEngine:
+    return EchoEngine()
+
+
+@pytest.fixture
+def prompter(byte_tokenizer: Any) -> Prompter:
+    return Prompter(byte_tokenizer, Limits(64, 258))
+
+
+def run(engine: EchoEngine, prompter: Prompter, rows: list[tuple[int, bytes]]) -> list[DoneRow]:
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    runner.submit(Shard(JOB, iter(rows), done.extend))
+    while runner.has_work:
+        runner.step()
+    return done
+
+
+def body(row: DoneRow) -> dict[str, Any]:
+    return json.loads(row.line)["response"]["body"]
+
+
+def test_every_row_is_answered_once_under_its_number_and_started_in_the_given_order(engine, prompter) -> None:
+    numbers = [5, 3, 900, 0, 4, 1, 2]
+    done = run(engine, prompter, [native(number) for number in numbers])
+    assert [request.prompt for request in engine.seen] == [[number % 250] for number in numbers]
+    assert sorted(row.row for row in done) == sorted(numbers)
+    for row in done:
+        assert not row.failed
+        assert json.loads(row.line)["custom_id"] == f"r{row.row}"
+        assert (row.prompt_tokens, row.completion_tokens) == (1, 1)
+
+
+def test_a_request_has_the_rows_sampling_the_defaults_and_the_adapters_hash(engine, prompter) -> None:
+    run(engine, prompter, [native(0, adapter="sql", top_k=3, seed=11), native(1, temperature=0)])
+    first, second = engine.seen
+    assert (first.adapter, second.adapter) == ("abc123", None)
+    assert (first.sampling.temperature, first.sampling.top_k, first.sampling.seed) == (0.5, 3, 11)
+    assert second.sampling.temperature == 0
+    assert second.sampling.seed not in (0, 7)  # made from the run's seed and the row's id
+
+
+def test_rows_are_read_as_they_are_needed(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 4)
+    read = 0
+
+    def rows() -> Iterator[tuple[int, bytes]]:
+        nonlocal read
+        for number in range(1000):
+            read += 1
+            yield native(number)
+
+    runner = ShardRunner(engine, prompter)
+    runner.submit(Shard(JOB, rows(), lambda done: None))
+    ahead = 0
+    while runner.has_work:
+        runner.step()
+        ahead = max(ahead, read - len(engine.seen))
+    assert len(engine.seen) == 1000
+    assert ahead <= 12  # four for each place, and a batch
+    assert engine.longest_queue <= 12
+
+
+def test_long_lines_are_taken_fewer_at_a_time(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_BYTES", 100)
+    monkeypatch.setattr(engine, "max_num_seqs", 100, raising=False)
+    calls: list[int] = []
+    encode = prompter.encode_rows
+    monkeypatch.setattr(prompter, "encode_rows", lambda rows, a: calls.append(len(rows)) or encode(rows, a))
+    run(engine, prompter, [native(number, user="x" * 60) for number in range(6)])
+    assert calls == [1] * 6
+
+
+def test_finished_rows_are_emitted_by_time_and_by_count(engine, prompter, monkeypatch) -> None:
+    now = 0.0
+    emitted: list[int] = []
+    monkeypatch.setattr(shard_runner, "EMIT_ROWS", 10)
+    runner = ShardRunner(engine, prompter, clock=lambda: now)
+    runner.submit(Shard(JOB, iter([native(number) for number in range(100)]), lambda done: emitted.append(len(done))))
+    for _ in range(5):
+        runner.step()  # two rows each
+    assert emitted == [10], "by count"
+    runner.step()
+    assert emitted == [10]
+    now += 0.3
+    runner.step()
+    assert emitted == [10, 4], "by time"
+    while runner.has_work:
+        runner.step()
+    assert sum(emitted) == 100
+
+
+def test_a_line_that_cannot_be_run_is_an_error_line_and_the_others_run(engine, prompter) -> None:
+    lines = [native(0), (1, b"{not json"), native(2, max_tokens=1000), native(3, adapter="sqll"), native(4)]
+    done = {row.row: row for row in run(engine, prompter, lines)}
+    codes = {number: body(row)["error"]["code"] for number, row in done.items() if row.failed}
+    assert codes == {1: "invalid_json_line", 2: "token_limit_exceeded", 3: "model_not_found"}
+    assert json.loads(done[2].line)["custom_id"] == "r2"
+    assert json.loads(done[2].line)["response"]["status_code"] == 400
+    assert not done[0].failed
+    assert not done[4].failed
+
+
+def test_an_engine_error_is_a_500_with_its_words(engine, prompter) -> None:
+    engine.fails_on = 1
+    (row,) = run(engine, prompter, [native(0)])
+    assert row.failed
+    line = json.loads(row.line)
+    assert (line["custom_id"], line["response"]["status_code"], line["error"]) == ("r0", 500, None)
+    assert body(row)["error"]["message"] == "the model's output was not finite"
+
+
+def test_cancel_starts_no_further_row_and_finishes_those_in_flight(engine, prompter) -> None:
+    kept: list[DoneRow] = []
+    other: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    first = Shard(JOB, iter([native(number) for number in range(50)]), kept.extend)
+    runner.submit(first)
+    runner.submit(Shard(JOB, iter([native(number) for number in range(5)]), other.extend))
+    runner.step()
+    started = len(engine.seen)
+    runner.cancel(first)
+    runner.cancel(first)
+    while runner.has_work:
+        runner.step()
+    assert len(kept) + len(other) == len(engine.seen)
+    assert len(kept) <= started
+    assert sorted(row.row for row in other) == list(range(5)), "the other shard is not disturbed"
+
+
+def test_two_shards_with_the_same_row_numbers_do_not_mix(engine, prompter) -> None:
+    results: dict[str, list[DoneRow]] = {"a": [], "b": []}
+    runner = ShardRunner(engine, prompter)
+    for name, done in results.items():
+        rows = [(n, json.dumps({"id": f"{name}{n}", "prompt": [n]}).encode()) for n in range(20)]
+        runner.submit(Shard(JOB, iter(rows), done.extend))
+    while runner.has_work:
+        runner.step()
+    for name, done in results.items():
+        assert {json.loads(row.line)["custom_id"] for row in done} == {f"{name}{n}" for n in range(20)}
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_text_ends_before_the_stop_string_and_its_tokens(engine, prompter, byte_tokenizer) -> None:
+    ids = text_ids("abc##d", byte_tokenizer)
+    tokens = [TokenLogprob(token, -0.5, [(token, -0.5)]) for token in ids]
+    engine.completion = {
+        "token_ids": ids, "finish_reason": FinishReason.STOP, "stop_string": "##", "logprobs": tokens
+    }  # fmt: skip
+    (row,) = run(engine, prompter, [native(0, stop="##", logprobs=1, return_token_ids=True)])
+    (choice,) = body(row)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("abc", "stop")
+    assert choice["token_ids"] == ids
+    assert choice["logprobs"]["tokens"] == ["a", "b", "c"]
+    assert row.completion_tokens == 6
+
+
+def test_the_text_lacks_the_token_that_ended_it(engine, prompter, byte_tokenizer) -> None:
+    ids = text_ids("abX", byte_tokenizer)
+    tokens = [TokenLogprob(token, -0.5, []) for token in ids]
+    engine.completion = {"token_ids": ids, "finish_reason": FinishReason.STOP, "logprobs": tokens}
+    (row,) = run(engine, prompter, [native(0, stop_token_ids=[ids[-1]], logprobs=0)])
+    (choice,) = body(row)["choices"]
+    assert choice["text"] == "ab"
+    assert choice["logprobs"]["tokens"] == ["a", "b"]
+
+
+def test_several_answers_are_several_choices(engine, prompter) -> None:
+    (row,) = run(engine, prompter, [native(0, n=3)])
+    assert [choice["index"] for choice in body(row)["choices"]] == [0, 1, 2]
+    assert body(row)["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}

@@ -1,0 +1,249 @@
+"""Feeds the engine with a job's rows and hands their result lines on as they finish."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+from loramill.schemas.errors import LineError
+from loramill.schemas.prompt import Prompter
+from loramill.schemas.request import Row, parse_line, resolve_model
+from loramill.schemas.response import Answer, Choice, TokenInfo, error_line, ok_line
+from loramill.schemas.sampling import resolve_params
+from loramill.store.journal import DoneRow
+from loramill.worker.request import Completion, FinishReason, Request, Result, Sampling, TokenLogprob
+
+WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
+FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
+FEED_BYTES = 2**20  # bounds what a batch of long lines holds
+EMIT_ROWS = 512
+EMIT_EVERY_S = 0.2  # what a kill can cost; a commit's fsync is then below 5 % of the time even on a slow disk
+
+
+class RowEngine(Protocol):
+    """The part of worker.engine.Engine that is used."""
+
+    max_num_seqs: int
+
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request) -> None: ...
+    def step(self) -> list[Result]: ...
+    def cancel_waiting(self) -> list[int]: ...
+
+
+@dataclass(slots=True, frozen=True)
+class Job:
+    """What all rows of a job share."""
+
+    id: str
+    """Result ids are made of it and the row's number: a rerun makes the same ones."""
+    base_name: str
+    adapters: Mapping[str, str]
+    """Name -> content hash."""
+    defaults: Mapping[str, float]
+    """Sampling values of rows that leave them out."""
+    max_model_len: int
+    seed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """Rows to run. `rows` yields (row number, line) in the order in which they should start, and is read lazily;
+    `emit` takes finished rows in batches, in any order."""
+
+    job: Job
+    rows: Iterator[tuple[int, bytes]]
+    emit: Callable[[list[DoneRow]], None]
+    finished: list[DoneRow] = field(default_factory=list)
+    """Waiting to be emitted."""
+    in_flight: int = 0
+
+
+@dataclass(slots=True)
+class _InFlight:
+    shard: Shard
+    number: int
+    row: Row
+    adapter: str | None
+    request: Request
+
+
+class ShardRunner:
+    """Streams any number of shards through one engine."""
+
+    def __init__(self, engine: RowEngine, prompter: Prompter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._prompter = prompter
+        self._clock = clock
+        self._shards: list[Shard] = []
+        self._unread: deque[Shard] = deque()
+        self._in_flight: dict[int, _InFlight] = {}
+        self._next_key = 0
+        self._emitted_at = clock()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a row is still to be run or to be emitted."""
+        return bool(self._shards)
+
+    def submit(self, shard: Shard) -> None:
+        """Takes the rows of `shard` in turn with those of the other shards."""
+        self._shards.append(shard)
+        self._unread.append(shard)
+
+    def step(self) -> None:
+        """Feeds the engine, runs one forward pass, and emits what has finished."""
+        self._feed()
+        for result in self._engine.step() if self._engine.has_work else ():
+            self._finish(result)
+        self._emit_due()
+
+    def cancel(self, shard: Shard) -> None:
+        """Starts no further row of `shard`; those in flight still finish and are emitted."""
+        if shard in self._unread:
+            self._unread.remove(shard)
+        for key in self._engine.cancel_waiting():
+            waiting = self._in_flight[key]
+            if waiting.shard is shard:
+                del self._in_flight[key]
+                shard.in_flight -= 1
+            else:
+                self._engine.add(waiting.request)
+
+    def emit_all(self) -> None:
+        """Emits every finished row, and lets go of the shards that are done."""
+        for shard in list(self._shards):
+            if shard.finished:
+                finished, shard.finished = shard.finished, []
+                shard.emit(finished)
+            if not shard.in_flight and shard not in self._unread:
+                self._shards.remove(shard)
+        self._emitted_at = self._clock()
+
+    def _feed(self) -> None:
+        wanted = WAITING_PER_SEQ * self._engine.max_num_seqs
+        # Below half, then up to the brim: rows are tokenized many at a time.
+        if self._engine.num_waiting > wanted // 2:
+            return
+        while self._unread and self._engine.num_waiting < wanted:
+            shard = self._unread[0]
+            self._unread.rotate(-1)
+            batch = list(_batch(shard.rows))
+            if batch:
+                self._admit(shard, batch)
+            else:
+                self._unread.remove(shard)
+
+    def _admit(self, shard: Shard, batch: list[tuple[int, bytes]]) -> None:
+        parsed: list[tuple[int, Row, str | None]] = []
+        for number, line in batch:
+            try:
+                row = parse_line(line)
+                parsed.append((number, row, resolve_model(row.model, shard.job.base_name, shard.job.adapters)))
+            except LineError as error:
+                shard.finished.append(failed_row(shard.job.id, number, error))
+        prompts = self._prompter.encode_rows([row for _, row, _ in parsed], [adapter for _, _, adapter in parsed])
+        for (number, row, adapter), prompt in zip(parsed, prompts, strict=True):
+            try:
+                if isinstance(prompt, LineError):
+                    raise prompt
+                request = self._request(shard.job, row, adapter, prompt)
+            except LineError as error:
+                error.custom_id = row.custom_id
+                shard.finished.append(failed_row(shard.job.id, number, error))
+                continue
+            self._in_flight[request.key] = _InFlight(shard, number, row, adapter, request)
+            shard.in_flight += 1
+            self._engine.add(request)
+
+    def _request(self, job: Job, row: Row, adapter: str | None, prompt: list[int]) -> Request:
+        params = resolve_params(
+            row.params,
+            row.custom_id,
+            defaults=job.defaults,
+            prompt_tokens=len(prompt),
+            max_model_len=job.max_model_len,
+            seed=job.seed,
+        )
+        self._next_key += 1
+        return Request(self._next_key, prompt, Sampling(**params), job.adapters[adapter] if adapter else None)
+
+    def _finish(self, result: Result) -> None:
+        done = self._in_flight.pop(result.key)
+        shard, job = done.shard, done.shard.job
+        shard.in_flight -= 1
+        if result.error is not None:
+            line = error_line(job.id, done.number, done.row.custom_id, result.error, code="engine_error", status=500)
+            shard.finished.append(DoneRow(done.number, True, line, result.prompt_tokens))
+            return
+        answer = Answer(
+            choices=[_choice(completion, self._prompter) for completion in result.completions],
+            prompt_tokens=result.prompt_tokens,
+            model=done.row.model or job.base_name,
+            adapter=done.adapter,
+            adapter_sha256=done.request.adapter,
+        )
+        line = ok_line(job.id, done.number, done.row, answer, int(time.time()))
+        shard.finished.append(DoneRow(done.number, False, line, result.prompt_tokens, answer.completion_tokens))
+
+    def _emit_due(self) -> None:
+        if (
+            self._clock() - self._emitted_at >= EMIT_EVERY_S
+            or sum(len(shard.finished) for shard in self._shards) >= EMIT_ROWS
+            or not (self._in_flight or self._unread)
+        ):
+            self.emit_all()
+
+
+def failed_row(job_id: str, number: int, error: LineError) -> DoneRow:
+    """A row that cannot be run, as a line of the error file."""
+    line = error_line(job_id, number, error.custom_id, error.message, code=error.code, param=error.param)
+    return DoneRow(number, True, line)
+
+
+def _batch(rows: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    size = 0
+    for number, line in islice(rows, FEED_ROWS):
+        yield number, line
+        size += len(line)
+        if size >= FEED_BYTES:
+            return
+
+
+def _choice(completion: Completion, prompter: Prompter) -> Choice:
+    """The answer's text: without the stop string and what follows it, or the token that ended it."""
+    shown: Sequence[int] = completion.token_ids
+    if completion.finish_reason is FinishReason.STOP and completion.stop_string is None:
+        shown = shown[:-1]
+    text = prompter.decode(shown)
+    if completion.stop_string is not None:
+        text, _, _ = text.partition(completion.stop_string)
+    logprobs = None
+    if completion.logprobs is not None:
+        logprobs = [_token(token, prompter) for token in completion.logprobs[: len(shown)]]
+        if completion.stop_string is not None:
+            logprobs = _up_to(logprobs, len(text.encode()))
+    return Choice(completion.index, text, completion.finish_reason.value, completion.token_ids, logprobs)
+
+
+def _token(token: TokenLogprob, prompter: Prompter) -> TokenInfo:
+    text, raw = prompter.piece(token.token_id)
+    top = [TokenInfo(*prompter.piece(token_id), logprob) for token_id, logprob in token.top]
+    return TokenInfo(text, raw, token.logprob, top)
+
+
+def _up_to(tokens: list[TokenInfo], length: int) -> list[TokenInfo]:
+    """The tokens that begin within the first `length` bytes of the text."""
+    start = 0
+    for count, token in enumerate(tokens):
+        if start >= length:
+            return tokens[:count]
+        start += len(token.raw)
+    return tokens
