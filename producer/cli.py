@@ -47,17 +47,22 @@ def _main(arguments: Sequence[str] | None) -> ExitCode:
         click.echo(asked.format_message(), err=True)
         return ExitCode.USAGE
     except Failure as failure:
+        _debug()
         return _say(failure.code, *failure.lines)
     except click.ClickException as error:
         return _say(ExitCode.USAGE, error.format_message())
     except (click.Abort, KeyboardInterrupt):
         return _say(ExitCode.INTERRUPTED, "interrupted")
     except Exception as error:
-        if os.environ.get("LORAMILL_DEBUG"):
-            traceback.print_exc()
+        _debug()
         what = " ".join(str(error).split()) or "no message"
         hint = "LORAMILL_DEBUG=1 shows where; what is committed stays, and the same command resumes"
         return _say(ExitCode.MACHINE, f"{type(error).__name__}: {what} ({hint})")
+
+
+def _debug() -> None:
+    if os.environ.get("LORAMILL_DEBUG"):
+        traceback.print_exc()
 
 
 def _say(code: ExitCode, *lines: str) -> ExitCode:
