@@ -85,13 +85,14 @@ class Progress:
         now, last = self._seen[-1]
         spent_s = max(now - since, 1e-9)
         rows_s = (last.rows_done - first.rows_done) / spent_s
+        # What matters most comes first: a narrow terminal cuts off the end.
         parts = [
             f"{last.rows_done:,}/{self._rows:,} rows",
+            f"ETA {_clock_face((self._rows - last.rows_done) / rows_s) if rows_s else '--:--'}",
             f"in {_rate(last.prompt_tokens - first.prompt_tokens, spent_s)}"
             f" out {_rate(last.completion_tokens - first.completion_tokens, spent_s)} tok/s",
-            f"{last.adapters_resident} resident",
             f"{last.rows_failed:,} failed",
-            f"ETA {_clock_face((self._rows - last.rows_done) / rows_s) if rows_s else '--:--'}",
+            f"{last.adapters_resident} adapters resident",
         ]
         return "  ".join(parts)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from loramill.producer.outputs import check_outputs, publish, refuse_existing
 from loramill.producer.progress import Moment, Progress, counter, note
 from loramill.producer.reader import Input, InputError, open_input
 from loramill.producer.validate import validate
-from loramill.store.errors import JournalMismatch, StoreError
+from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
 from loramill.store.journal import DoneRow, Journal, remove_journal
 
 _COMMIT_ROWS = 4096
@@ -72,7 +73,7 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
     went wrong."""
     silence_libraries()
     folder = options.output.parent
-    with Interrupts() as interrupts, _as_failures():
+    with Interrupts() as interrupts, _as_failures(folder):
         check_outputs(options)
         models = open_models(options)
         with open_input(options.input, str(folder)) as source, closing(InvalidLines(folder)) as invalid:
@@ -118,9 +119,10 @@ def _open_journal(options: RunOptions, source: Input, models: Models, index: Ind
     }
     try:
         return Journal(options.journal_path, identity)
-    except JournalMismatch as error:
+    except (JournalMismatch, JournalDamaged) as error:
         if not options.overwrite:
-            raise Failure(ExitCode.INPUT, f"{error}; pass --overwrite to start afresh") from error
+            code = ExitCode.INPUT if isinstance(error, JournalMismatch) else ExitCode.MACHINE
+            raise Failure(code, f"{error}; pass --overwrite to start afresh") from error
     remove_journal(options.journal_path)
     return Journal(options.journal_path, identity)
 
@@ -203,16 +205,19 @@ def _report(summary: Summary, options: RunOptions) -> ExitCode:
 
 
 @contextmanager
-def _as_failures() -> Iterator[None]:
-    """What can go wrong below, as the exit code and the one line that a person needs."""
+def _as_failures(folder: Path) -> Iterator[None]:
+    """What can go wrong below, as the exit code and the one line that a person needs; files are written in `folder`."""
     try:
         yield
     except InputError as error:
         raise Failure(ExitCode.INPUT, str(error)) from error
+    except JournalBusy as error:
+        raise Failure(ExitCode.MACHINE, str(error)) from error
     except StoreError as error:
         raise Failure(ExitCode.MACHINE, f"{error}; {_RESUMES}") from error
     except OSError as error:
-        raise Failure(ExitCode.MACHINE, f"{error.filename or 'I/O'}: {error.strerror or error}; {_RESUMES}") from error
+        where = error.filename or folder
+        raise Failure(ExitCode.MACHINE, f"{where}: {error.strerror or error}; {_RESUMES}") from error
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError is a RuntimeError; torch itself is the worker's.
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -13,6 +13,10 @@ class JournalBusy(StoreError):
     """Another process is writing the same journal."""
 
 
+class JournalDamaged(StoreError):
+    """The journal's file is not what was written: nothing in it can be trusted."""
+
+
 class JournalMismatch(StoreError):
     """The journal was made by another job; `changed` says which parts differ, one phrase each."""
 

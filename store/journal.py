@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from loramill.store.errors import JournalBusy, JournalMismatch, StoreError
+from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
 from loramill.store.files import fsync_folder
 
 FORMAT = "1"
@@ -53,7 +53,7 @@ class Journal:
     """One job's finished rows. A commit is durable when it returns; a row that was committed once stays as it is.
 
     One process at a time: the file is held locked until `close` (or the end of the process, however it ends).
-    Raises JournalBusy, JournalMismatch, or StoreError (disk full, read-only folder, corrupted file).
+    Raises JournalBusy, JournalMismatch, JournalDamaged, or another StoreError (disk full, read-only folder).
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
@@ -83,10 +83,13 @@ class Journal:
                 self._db.execute(statement)
             wanted = {"journal format": FORMAT, **identity}
             found = dict(self._db.execute("SELECT part, value FROM meta"))
-            if not found:
-                self._db.executemany("INSERT INTO meta VALUES (?, ?)", wanted.items())
-            elif changed := _differences(found, wanted):
+            changed = _differences(found, wanted)
+            # Without a row it is nobody's: a run that ended before its first one must not bind the next.
+            if found and changed and self._db.execute("SELECT 1 FROM rows LIMIT 1").fetchone():
                 raise JournalMismatch(str(self.path), changed)
+            if changed:
+                self._db.execute("DELETE FROM meta")
+                self._db.executemany("INSERT INTO meta VALUES (?, ?)", wanted.items())
         fsync_folder(self.path.parent)
 
     def commit(self, rows: Iterable[DoneRow]) -> None:
@@ -153,10 +156,10 @@ class Journal:
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise JournalBusy(f"another process is at this job: it holds {self.path}") from error
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                raise StoreError(f"{self.path} is damaged ({error}): remove it to start afresh") from error
+                raise JournalDamaged(f"{self.path} is damaged: {error}") from error
             raise StoreError(f"cannot {doing} the journal {self.path}: {error}") from error
         except zstandard.ZstdError as error:
-            raise StoreError(f"{self.path} is damaged ({error}): remove it to start afresh") from error
+            raise JournalDamaged(f"{self.path} is damaged: {error}") from error
 
 
 def remove_journal(path: Path) -> None:

@@ -249,6 +249,22 @@ def test_4_an_adapter_that_cannot_be_served(desk, rows, no_compute, broken, how:
     assert not desk.journal.exists()
 
 
+def test_4_the_input_changes_while_it_is_read(desk, rows, monkeypatch) -> None:
+    desk.write(rows(8))
+    make = local.LocalEngine.shard
+
+    def late(self, *given, **named):
+        with desk.input.open("a") as file:
+            file.write("\n")
+        return make(self, *given, **named)
+
+    monkeypatch.setattr(local.LocalEngine, "shard", late)
+    ended = desk.run("--quiet")
+    assert ended.code == 4
+    one_line(ended, "in.jsonl: the file changed while it was being read")
+    assert not desk.output.exists()
+
+
 def test_4_all_broken_adapters_at_once(desk, rows, no_compute, tmp_path) -> None:
     desk.write(rows(1))
     ended = desk.run("--adapter", f"x={tmp_path / 'nope'}", "--adapter", f"y={tmp_path}")
@@ -333,22 +349,16 @@ def test_1_the_output_folder_cannot_be_written(desk, rows, no_compute, monkeypat
     one_line(ended, "cannot be written")
 
 
-class Torn:
-    """An engine that gives up in its third step."""
+def give_up(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The engine fails in its thirteenth step."""
+    step, steps = local.Engine.step, iter(range(12))
 
-    error: Exception
+    def torn(self):
+        if next(steps, None) is None:
+            raise error
+        return step(self)
 
-    @classmethod
-    def install(cls, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-        step, calls = local.Engine.step, [0]
-
-        def torn(self):
-            calls[0] += 1
-            if calls[0] > 12:
-                raise error
-            return step(self)
-
-        monkeypatch.setattr(local.Engine, "step", torn)
+    monkeypatch.setattr(local.Engine, "step", torn)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -366,7 +376,7 @@ class OutOfMemoryError(RuntimeError):
 def test_1_out_of_memory_or_device_lost_keeps_what_is_done(desk, rows, monkeypatch, error, says: str) -> None:
     desk.write(rows(40))
     with monkeypatch.context() as patched:
-        Torn.install(patched, error)
+        give_up(patched, error)
         ended = desk.run("--quiet", max_num_seqs=4)
     assert ended.code == 1
     one_line(ended, says, "the same command resumes")

@@ -221,6 +221,8 @@ def test_a_damaged_journal(desk, rows, content: bytes) -> None:
         assert ended.code == 1
         assert ended.err.count("\n") == 1
         assert "is damaged" in ended.err
+        assert "--overwrite" in ended.err
+        assert desk.run("--overwrite").code == 0
     else:
         assert ended.code == 0, "killed before its first byte, it is as good as none"
 

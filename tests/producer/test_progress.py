@@ -29,8 +29,8 @@ def test_elsewhere_than_on_a_terminal_one_plain_line_every_five_seconds() -> Non
             clock.now = 100.0 + second
             progress.update(moment(second * 10, failed=second // 10))
     first, second = stream.getvalue().splitlines()
-    assert first == "50/1,000 rows  in 1,000 out 100 tok/s  3 resident  0 failed  ETA 01:35"
-    assert second == "100/1,000 rows  in 1,000 out 100 tok/s  3 resident  1 failed  ETA 01:30"
+    assert first == "50/1,000 rows  ETA 01:35  in 1,000 out 100 tok/s  0 failed  3 adapters resident"
+    assert second == "100/1,000 rows  ETA 01:30  in 1,000 out 100 tok/s  1 failed  3 adapters resident"
 
 
 def test_rates_are_of_the_last_seconds_not_of_the_whole_run() -> None:
@@ -70,7 +70,7 @@ def test_a_terminal_has_a_live_line_with_all_the_counts() -> None:
             clock.now = 100.0 + second
             progress.update(moment(second * 10, failed=second))
     shown = stream.getvalue()
-    for part in ("20/1,000 rows", "in 1,000 out 100 tok/s", "3 resident", "2 failed", "ETA 01:38"):
+    for part in ("20/1,000 rows", "in 1,000 out 100 tok/s", "3 adapters resident", "2 failed", "ETA 01:38"):
         assert part in shown
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loramill.store.errors import JournalBusy, JournalMismatch, StoreError
+from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
 from loramill.store.journal import DoneRow, Journal, Totals
 
 IDENTITY = {"input": "a", "base model": "b", "adapter `sql`": "c", "--seed": "0"}
@@ -56,8 +56,20 @@ def test_an_empty_journal_has_nothing_done(path: Path) -> None:
     journal.close()
 
 
-def test_another_job_is_refused_with_each_part_that_differs(path: Path) -> None:
+def test_a_journal_without_rows_is_nobodys(path: Path) -> None:
+    Journal(path, {"input": "another"}).close()
     Journal(path, IDENTITY).close()
+    journal = Journal(path, IDENTITY)
+    journal.commit([row(0)])
+    journal.close()
+    with pytest.raises(JournalMismatch):
+        Journal(path, {"input": "another"})
+
+
+def test_another_job_is_refused_with_each_part_that_differs(path: Path) -> None:
+    first = Journal(path, IDENTITY)
+    first.commit([row(0)])
+    first.close()
     other = {"input": "A", "base model": "b", "--seed": "0", "adapter `new`": "d"}
     with pytest.raises(JournalMismatch) as refused:
         Journal(path, other)
@@ -130,7 +142,7 @@ def test_a_process_killed_while_creating_it_leaves_a_usable_journal(path: Path) 
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\x00" + b"\xff" * 4096])
 def test_a_damaged_journal_is_one_clear_sentence(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(StoreError, match=r"out\.jsonl\.journal is damaged .*start afresh"):
+    with pytest.raises(JournalDamaged, match=r"out\.jsonl\.journal is damaged: "):
         Journal(path, IDENTITY)
 
 
@@ -141,7 +153,7 @@ def test_a_damaged_line_is_one_clear_sentence(path: Path) -> None:
         raw.execute("INSERT INTO rows VALUES (0, 0, ?, 0, 0)", (b"\x28\xb5\x2f\xfd broken",))
     raw.close()
     journal = Journal(path, IDENTITY)
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(JournalDamaged):
         list(journal.lines(failed=False))
     journal.close()
 
