@@ -5,6 +5,8 @@ Per sequence: softmax(q k^T * scaling + mask) v, causal, grouped-query, with the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,17 +50,18 @@ def packed_attention(
         what = ", ".join(unknown) or ("a mask" if attention_mask is not None else "dropout or a layer without a number")
         raise UnsupportedAttention(f"{type(module).__name__} needs {what}, which this engine does not serve")
     batch = current()
+    shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
     if isinstance(batch, Probe):
-        batch.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+        batch.shapes[layer] = shape
+        return query.new_zeros(1, query.shape[2], query.shape[1], shape.value_dim), None
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, dim]
-    batch.cache.write(layer, batch.places, k, v)
-    out = query.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    options = _Options(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    batch.write(layer, shape, k, v)
+    out = query.new_empty(q.shape[0], q.shape[1], shape.value_dim)
+    how = _How(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     for prefill in batch.prefills:
-        out.index_copy_(0, prefill.rows, _prefill(batch, layer, prefill, q, k, v, options))
+        out.index_copy_(0, prefill.rows, _prefill(batch, layer, prefill, q, k, v, how))
     if batch.decodes:
-        answers = [_decode(batch, layer, decode, q, options) for decode in batch.decodes]
+        answers = [_decode(batch, layer, decode, q, how) for decode in batch.decodes]
         out.index_copy_(0, batch.decode_rows, torch.cat(answers) if len(answers) > 1 else answers[0])
     return out.unsqueeze(0), None
 
@@ -66,65 +69,60 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-class _Options:
-    __slots__ = ("scale", "softcap", "window")
-
-    def __init__(self, scale: float, window: int | None, softcap: float | None) -> None:
-        self.scale, self.window, self.softcap = scale, window, softcap
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """q [n, heads, t, dim], k and v [n, heads, length, dim] -> [n, heads, t, dim]."""
-        if not self.softcap:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
-        scores = torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.softcap)) * self.softcap
-        if causal:
-            mask = _causal(q.shape[2], k.shape[2], None, q.device)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+class _How(NamedTuple):
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
-def _prefill(batch: Batch, layer: int, prefill: Prefill, q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
+def _prefill(batch: Batch, layer: int, prefill: Prefill, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
     """The prompts' queries against their own keys and, for a later chunk, what the cache holds before: [rows, ...]."""
-    count, past = prefill.count, prefill.past
-    length = past + count
+    count, length = prefill.count, prefill.past + prefill.count
     queries = q.index_select(0, prefill.rows).view(-1, count, *q.shape[1:]).transpose(1, 2)
-    if past:
-        span = slice(prefill.offset, prefill.offset + length)
-        keys, values = batch.cache.keys[layer][None, span], batch.cache.values[layer][None, span]
+    if prefill.past:
+        keys, values = batch.cache.rows(layer, prefill.room)
+        keys, values = keys[..., :length].transpose(2, 3), values[:, :, :length]
     else:
-        keys = k.index_select(0, prefill.rows).view(-1, count, *k.shape[1:])
-        values = v.index_select(0, prefill.rows).view(-1, count, *v.shape[1:])
+        keys = k.index_select(0, prefill.rows).view(-1, count, *k.shape[1:]).transpose(1, 2)
+        values = v.index_select(0, prefill.rows).view(-1, count, *v.shape[1:]).transpose(1, 2)
     group = q.shape[1] // k.shape[1]
-    causal = not past and (options.window is None or length <= options.window)
-    mask = None if causal else _causal(count, length, options.window, q.device)
-    answer = options.attend(queries, _per_query(keys, group), _per_query(values, group), mask, causal)
+    keys, values = _per_query_head(keys, group), _per_query_head(values, group)
+    if how.softcap:
+        hidden = ~_causal(count, length, how.window, q.device)
+        bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
+        answer = _weights(queries @ keys.transpose(2, 3), bias, how).to(q.dtype) @ values
+    else:
+        plain = not prefill.past and (how.window is None or length <= how.window)
+        mask = None if plain else _causal(count, length, how.window, q.device)
+        answer = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=plain, scale=how.scale)
     return answer.transpose(1, 2).reshape(prefill.rows.shape[0], q.shape[1], -1)
 
 
-def _decode(batch: Batch, layer: int, decode: Decode, q: Tensor, options: _Options) -> Tensor:
+def _decode(batch: Batch, layer: int, decode: Decode, q: Tensor, how: _How) -> Tensor:
     """One token of each row of a slab. The query heads of a KV group stand as query length: no key is ever repeated."""
-    keys, values = (_rows(store[layer], decode) for store in (batch.cache.keys, batch.cache.values))
-    n, heads, kv_heads = keys.shape[0], q.shape[1], keys.shape[1]
-    queries = q.index_select(0, decode.queries).view(n, kv_heads, heads // kv_heads, -1)
-    answer = options.attend(queries, keys, values, decode.mask(options.window), causal=False).reshape(n, heads, -1)
+    n, heads = decode.queries.shape[0], q.shape[1]
+    keys, values = batch.cache.rows(layer, decode.room, n)
+    kv_heads = keys.shape[1]
+    queries = q.index_select(0, decode.queries).view(n * kv_heads, heads // kv_heads, -1)
+    # In bfloat16 the scores are rounded once before the softmax, as in transformers' eager attention.
+    scores = torch.bmm(queries, keys.flatten(0, 1)[..., : decode.span])
+    weights = _weights(scores.view(n, kv_heads, heads // kv_heads, -1), decode.bias(how.window), how)
+    answer = torch.bmm(weights.to(q.dtype).flatten(0, 1), values.flatten(0, 1)[:, : decode.span])
+    answer = answer.view(n, heads, -1)
     return answer if decode.answered is None else answer.index_select(0, decode.answered)
 
 
-def _rows(store: Tensor, decode: Decode) -> Tensor:
-    """The slab's rows as a view: [n, heads, longest, dim]."""
-    n, heads, dim = decode.queries.shape[0], *store.shape[1:]
-    span = store[decode.offset : decode.offset + n * decode.capacity]
-    return span.view(n, decode.capacity, heads, dim)[:, : decode.longest].transpose(1, 2)
+def _weights(scores: Tensor, bias: Tensor, how: _How) -> Tensor:
+    """softmax(cap(scores * scale) + bias) in float32."""
+    if how.softcap:
+        scores = torch.tanh(scores.float() * (how.scale / how.softcap))
+        return torch.softmax(torch.add(bias, scores, alpha=how.softcap), dim=-1)
+    return torch.softmax(torch.add(bias, scores, alpha=how.scale), dim=-1)
 
 
-def _per_query(keys: Tensor, group: int) -> Tensor:
-    """[n, length, kv_heads, dim] -> [n, kv_heads * group, length, dim]."""
-    n, length, heads, dim = keys.shape
-    keys = keys.transpose(1, 2)
-    if group == 1:
-        return keys
-    return keys[:, :, None].expand(n, heads, group, length, dim).reshape(n, heads * group, length, dim)
+def _per_query_head(keys: Tensor, group: int) -> Tensor:
+    """[n, kv_heads, length, dim] -> [n, kv_heads * group, length, dim]."""
+    return keys if group == 1 else keys.repeat_interleave(group, dim=1)
 
 
 def _causal(count: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from loramill.kernels.multi_lora import Routing
 from loramill.kernels.segments import segments_of
-from loramill.worker.cache import KVCache, LayerShape
+from loramill.worker.cache import KVCache, LayerShape, Places
 from loramill.worker.scheduler import Chunk
-from loramill.worker.slabs import Slabs
+from loramill.worker.slabs import Room, Slabs
+
+_WHOLE_ROOM = 0.6
+"""From which share of a room on decoding computes all of it: the products copy an operand that is cut short, which
+took 0.7 of the time of the products themselves (128 rows of 180 tokens in rooms of 256, two cores)."""
 
 
 @dataclass(slots=True)
@@ -22,41 +26,41 @@ class Prefill:
     """Chunks of `count` tokens each with `past` tokens in the cache before them.
 
     Fresh prompts of one length attend together: `rows` [n * count] are their batch rows. A chunk with a past stands
-    alone, its cache starting at token offset `offset`.
+    alone, its cache in `room`.
     """
 
     count: int
     past: int
     rows: Tensor
-    offset: int = 0
+    room: Room
 
 
 @dataclass(slots=True)
 class Decode:
     """Every row of one slab, of which `queries` name the batch row [n]; a row not decoding now repeats another's."""
 
-    offset: int
-    capacity: int
-    longest: int
+    room: Room
+    """The slab's first row."""
+    span: int
+    """Positions that are computed for every row: up to the longest, or the whole room."""
     queries: Tensor
     lengths: Tensor
     """Tokens of each row to attend to, the new one included: [n]."""
-    uniform: bool
     answered: Tensor | None
     """Which of the slab's rows decode, when not all do."""
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _biases: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """Who may be attended to, [n, 1, 1, longest] bool, or None for everybody."""
-        if window is not None and window >= self.longest:
+    def bias(self, window: int | None) -> Tensor:
+        """What scores are raised by: 0 where a row may attend, -inf elsewhere; [n, 1, 1, span] float32."""
+        if window is not None and window >= self.span:
             window = None
-        if window not in self._masks:
-            position = torch.arange(self.longest, device=self.lengths.device)
+        if window not in self._biases:
+            position = torch.arange(self.span, device=self.lengths.device)
             end = self.lengths[:, None]
-            seen = position < end if window is None else (position < end) & (position >= end - window)
-            trivial = self.uniform and window is None
-            self._masks[window] = None if trivial else seen[:, None, None, :]
-        return self._masks[window]
+            hidden = position >= end if window is None else (position >= end) | (position < end - window)
+            zeros = torch.zeros(hidden.shape, device=hidden.device)
+            self._biases[window] = zeros.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+        return self._biases[window]
 
 
 @dataclass(slots=True)
@@ -66,8 +70,8 @@ class Batch:
     cache: KVCache
     tokens: Tensor
     positions: Tensor
-    places: Tensor
-    """Token offset in the cache of each token: [T]."""
+    places: Places
+    """Where in the cache each token goes."""
     outputs: Tensor
     """The rows whose logits are wanted: [O]."""
     routing: Routing
@@ -77,6 +81,13 @@ class Batch:
     decodes: list[Decode]
     decode_rows: Tensor
     """The batch row that each answered query of `decodes`, in order, belongs to."""
+    _index: dict[LayerShape, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def write(self, layer: int, shape: LayerShape, key: Tensor, value: Tensor) -> None:
+        """Put the tokens' key and value [T, heads, dim] of a layer into the cache."""
+        if shape not in self._index:
+            self._index[shape] = self.cache.index(layer, self.places)
+        self.cache.write(layer, self._index[shape], key, value)
 
 
 @dataclass(slots=True)
@@ -90,18 +101,20 @@ def pack(chunks: Sequence[Chunk], slabs: Slabs, cache: KVCache, device: torch.de
     """Lay out the chunks of a step, in their order."""
     tokens: list[int] = []
     positions: list[int] = []
-    places: list[int] = []
+    offsets: list[int] = []
+    capacities: list[int] = []
     outputs: list[int] = []
     fresh: dict[int, list[int]] = {}
-    continued: list[tuple[int, int, int, int]] = []
+    continued: list[tuple[int, int, int, Room]] = []
     decoding: dict[int, dict[int, int]] = {}  # slab -> row in it -> batch row
     for sequence, start, count, samples in chunks:
         place = sequence.place
         assert place is not None, "a scheduled sequence has a place"
-        first, offset = len(tokens), slabs.offset(place)
+        first, room = len(tokens), slabs.room(place)
         tokens += sequence.tokens[start : start + count]
         positions += range(start, start + count)
-        places += range(offset + start, offset + start + count)
+        offsets += [room.offset] * count
+        capacities += [room.capacity] * count
         place.length = start + count
         if samples:
             outputs.append(len(tokens) - 1)
@@ -110,19 +123,20 @@ def pack(chunks: Sequence[Chunk], slabs: Slabs, cache: KVCache, device: torch.de
         elif start == 0:
             fresh.setdefault(count, []).extend(range(first, first + count))
         else:
-            continued.append((first, count, start, offset))
+            continued.append((first, count, start, room))
 
     def on_device(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    prefills = [Prefill(count, 0, on_device(rows)) for count, rows in fresh.items()]
-    prefills += [Prefill(n, past, on_device(range(first, first + n)), offset) for first, n, past, offset in continued]
+    prefills = [Prefill(count, 0, on_device(rows), Room(0, 0)) for count, rows in fresh.items()]
+    prefills += [Prefill(n, past, on_device(range(first, first + n)), room) for first, n, past, room in continued]
     decodes = [_decode(slabs, slab, rows, device) for slab, rows in decoding.items()]
+    where = on_device(positions)
     return Batch(
         cache=cache,
         tokens=on_device(tokens),
-        positions=on_device(positions),
-        places=on_device(places),
+        positions=where,
+        places=Places(on_device(offsets), on_device(capacities), where),
         outputs=on_device(outputs),
         routing=Routing(segments_of((c.sequence.slot, c.size) for c in chunks), device),
         output_routing=Routing(segments_of((c.sequence.slot, int(c.samples)) for c in chunks), device),
@@ -138,13 +152,12 @@ def _decode(slabs: Slabs, slab: int, rows: dict[int, int], device: torch.device)
     # A row between two chunks of its prompt is computed with the others and thrown away: cheaper than a copy.
     lengths = [place.length if place.row in rows else 1 for place in held]
     queries = [rows.get(place.row, some_row) for place in held]
+    longest, room = max(lengths), slabs.room(held[0])
     return Decode(
-        offset=slabs.offset(held[0]),
-        capacity=held[0].capacity,
-        longest=max(lengths),
+        room=room,
+        span=room.capacity if longest > room.capacity * _WHOLE_ROOM else longest,
         queries=torch.tensor(queries, device=device),
         lengths=torch.tensor(lengths, device=device),
-        uniform=min(lengths) == max(lengths),
         answered=None if len(rows) == len(held) else torch.tensor(sorted(rows), device=device),
     )
 

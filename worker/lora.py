@@ -6,7 +6,7 @@ sibling returns its columns. The fused weight is the storage; the projections' o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,13 @@ class FusedLinear:
         self.is_head = is_head
         self._slots = slots
         first = linears[0]
-        self.weight = _joined([linear.weight for linear in linears])
+        weight = _joined([linear.weight for linear in linears])
         self.bias = None if first.bias is None else _joined([linear.bias for linear in linears])
+        packed = _prepacked(weight, self.bias)
+        self._linear = packed or _plain(weight, self.bias)
+        # A packed weight is the only one kept: its numbers stand nowhere else, its shape and dtype here.
+        self.weight = weight if packed is None else torch.empty_like(weight, device="meta")
+        self._device = weight.device
         self.a: Tensor | None = None
         self.b: list[Tensor] = []
         self.ranks = [[0] * len(names) for _ in range(slots)]
@@ -59,7 +64,7 @@ class FusedLinear:
         return output[..., start : start + self.widths[reader]]
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self._linear(x)
         batch = current()
         if self.a is not None and isinstance(batch, Batch):
             routing = batch.output_routing if self.is_head else batch.routing
@@ -86,8 +91,12 @@ class FusedLinear:
         held = 0 if self.a is None else self.a.shape[2]
         if rank <= held:
             return
-        a = self.weight.new_zeros(self._slots, len(self.names), rank, self.weight.shape[1])
-        b = [self.weight.new_zeros(self._slots, rank, width) for width in self.widths]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self.weight.dtype, device=self._device)
+
+        a = zeros(self._slots, len(self.names), rank, self.weight.shape[1])
+        b = [zeros(self._slots, rank, width) for width in self.widths]
         if self.a is not None:
             a[:, :, :held] = self.a
             for new, old in zip(b, self.b, strict=True):
@@ -125,6 +134,29 @@ def install(model: nn.Module, slots: int) -> list[FusedLinear]:
                 setattr(parent, name, Projection(linear, fused, reader))
             installed.append(fused)
     return installed
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _prepacked(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """The same product with the weight laid out for oneDNN once instead of at every call, where this torch can.
+
+    Measured on two AVX512-BF16 cores, N 4096, K 768: 25 rows 471 µs against 817, 128 rows 1878 against 2094. Only for
+    bfloat16: float32 stays on the path that the parity tests know. The operators are the ones that torch's own
+    compiler emits, and have no public name.
+    """
+    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    except (AttributeError, RuntimeError):
+        return None  # another torch: the plain product is as right
+    linear = torch.ops.mkldnn._linear_pointwise
+    return lambda x: linear(x, packed, bias, "none", [], "")
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

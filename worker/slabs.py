@@ -12,11 +12,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Move(NamedTuple):
-    """Move `length` tokens of cache from token offset `source` to `target`, leaving zeros; no source is zeros."""
+class Room(NamedTuple):
+    """A row's stretch of the cache: `capacity` tokens from token offset `offset`."""
 
-    source: int | None
-    target: int
+    offset: int
+    capacity: int
+
+
+class Move(NamedTuple):
+    """Move the first `length` tokens of a row to another, leaving zeros; no source is zeros."""
+
+    source: Room | None
+    target: Room
     length: int
 
 
@@ -77,11 +84,11 @@ class Slabs:
         """
         slab = self._slabs[place.slab]
         if wipe:
-            self.moves.append(Move(None, self.offset(place), place.length))
+            self.moves.append(Move(None, self.room(place), place.length))
         was_full = len(slab.rows) == self.tokens // slab.capacity
         last = slab.rows.pop()
         if last is not place:
-            self.moves.append(Move(self.offset(last), self.offset(place), last.length))
+            self.moves.append(Move(self.room(last), self.room(place), last.length))
             slab.rows[place.row] = last
             last.row = place.row
         if was_full:
@@ -95,7 +102,7 @@ class Slabs:
         bigger = self.allocate(tokens)
         if bigger is None:
             return False
-        self.moves.append(Move(self.offset(place), self.offset(bigger), place.length))
+        self.moves.append(Move(self.room(place), self.room(bigger), place.length))
         old = Place(place.slab, place.row, place.capacity, place.length)
         self._slabs[old.slab].rows[old.row] = old
         self._slabs[bigger.slab].rows[bigger.row] = place
@@ -107,9 +114,9 @@ class Slabs:
         """The rows of a slab in order."""
         return self._slabs[slab].rows
 
-    def offset(self, place: Place) -> int:
-        """Token offset of the row in the whole cache."""
-        return place.slab * self.tokens + place.row * place.capacity
+    def room(self, place: Place) -> Room:
+        """Where in the whole cache the row lies."""
+        return Room(place.slab * self.tokens + place.row * place.capacity, place.capacity)
 
     def capacity_for(self, tokens: int) -> int:
         """The smallest capacity class that holds `tokens` tokens.
@@ -123,10 +130,10 @@ class Slabs:
 
 
 def _classes(largest: int) -> list[int]:
-    """Capacities 32, 48, 64, 96, 128, ...: at most a third of a row's room is waste."""
+    """Capacities 32, 40, 48, 56, 64, 80, ...: at most a fifth of a row's room is waste."""
     sizes = []
     size = 32
     while size < largest:
-        sizes += [size, size * 3 // 2]
+        sizes += [size * quarters // 4 for quarters in range(4, 8)]
         size *= 2
     return [s for s in sizes if s < largest] + [largest]

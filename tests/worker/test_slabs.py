@@ -20,20 +20,23 @@ class Memory:
 
     def append(self, owner: int, place: Place) -> None:
         self.carry_out()
-        self.cells[self.slabs.offset(place) + place.length] = (owner, place.length)
+        self.cells[self.slabs.room(place).offset + place.length] = (owner, place.length)
         place.length += 1
 
     def carry_out(self) -> None:
         for source, target, length in self.slabs.moves:
-            moved = [None] * length if source is None else self.cells[source : source + length]
-            self.cells[target : target + length] = moved
+            assert length <= target.capacity
+            nothing: list[tuple[int, int] | None] = [None] * length
+            moved = nothing
             if source is not None:
-                self.cells[source : source + length] = [None] * length
+                moved = self.cells[source.offset : source.offset + length]
+                self.cells[source.offset : source.offset + length] = nothing
+            self.cells[target.offset : target.offset + length] = moved
         self.slabs.moves.clear()
 
     def check(self, owner: int, place: Place) -> None:
         self.carry_out()
-        start = self.slabs.offset(place)
+        start = self.slabs.room(place).offset
         assert self.cells[start : start + place.length] == [(owner, n) for n in range(place.length)]
 
 
@@ -53,7 +56,7 @@ def test_sequences_keep_their_tokens_through_frees_and_growth(seed: int, count: 
             owner = draw.choice(list(held))
             place = held[owner]
             if action < 0.55:
-                start, length = slabs.offset(place), place.length
+                start, length = slabs.room(place).offset, place.length
                 wipe = draw.random() < 0.5
                 slabs.free(held.pop(owner), wipe=wipe)
                 memory.carry_out()
