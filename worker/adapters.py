@@ -57,8 +57,6 @@ class Adapter:
     """The largest over its modules."""
     targets: Mapping[str, Target]
     """By module path in the base model."""
-    base_name: str | None
-    """What its config says it was trained on."""
 
     def deltas(self) -> dict[str, Delta]:
         """Read the weights: a [rank, in] and b [out, rank], the scale folded into b in float32.
@@ -96,7 +94,7 @@ def open_adapter(path: str, base: BaseInfo, *, max_rank: int, allow_noop: bool =
         problems += _values(path, targets, allow_noop)
     if problems:
         raise AdapterError(f"{path}: {problem}" for problem in problems)
-    return Adapter(path, _digest(path), rank, targets, settings.base_name)
+    return Adapter(path, _digest(path), rank, targets)
 
 
 def _settings(path: str) -> LoraSettings:

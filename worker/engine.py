@@ -179,13 +179,13 @@ class Engine:
                 finished.append(self._fail(sequence, "the model's output was not finite (NaN or infinity)"))
                 continue
             sequence.tokens.append(token)
+            self._stats.completion_tokens += 1
             if logprob is not None:
                 sequence.logprobs.append(logprob)
             reason, stop_string = self._ending(sequence, token)
             if reason is None:
                 continue
             self._scheduler.finish(sequence)
-            self._stats.completion_tokens += sequence.generated
             done = self._rows[request.key]
             done.append(
                 Completion(

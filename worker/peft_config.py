@@ -10,13 +10,14 @@ from typing import Any
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "init_lora_weights", "task_type", "base_model_name_or_path",
+    "layers_to_transform", "layers_pattern", "init_lora_weights",
 }  # fmt: skip
 _INERT = {
-    # How it was trained, or how PEFT holds it in memory: no effect on what the trained tensors compute.
-    "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_config", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
-    "ensure_weight_tying",
+    # How it was trained, or how PEFT holds it in memory: no effect on what the trained tensors compute. Whether it fits
+    # the base is for its tensors' names and shapes to say: a path says little.
+    "base_model_name_or_path", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
+    "lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
 _HARMLESS_INITS = ("gaussian", "orthogonal", "eva")
 """Named initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite them."""
@@ -45,7 +46,6 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
     layers_pattern: list[str] = field(default_factory=list)
-    base_name: str | None = None
 
     def rank(self, module: str) -> int:
         """The module's rank."""
@@ -110,7 +110,6 @@ def read_settings(config: object) -> LoraSettings:
         alpha_pattern=get.pattern("alpha_pattern"),
         layers=get.layers("layers_to_transform"),
         layers_pattern=_as_list(get.names("layers_pattern")),
-        base_name=config["base_model_name_or_path"] if isinstance(config.get("base_model_name_or_path"), str) else None,
     )
     if any(rank < 1 or rank != int(rank) for rank in (settings.r, *settings.rank_pattern.values())):
         problems.append("ranks must be whole numbers of at least 1")
