@@ -12,6 +12,7 @@ Tokens = Mapping[str, Sequence[int]]
 
 RATIOS = (
     ("loramill", "peft-mixed"),
+    ("loramill", "peft-mixed-bf16"),
     ("loramill", "peft-grouped"),
     ("loramill", "loramill-base"),
     ("loramill-base", "transformers"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loramill.worker.memory import lazy_zeros
 from loramill.worker.slabs import Move, Room
 
 
@@ -35,13 +36,12 @@ class Places(NamedTuple):
 class KVCache:
     """Room for `tokens` tokens in every layer.
 
-    Places that nobody wrote are zero, never NaN: attention gives what is masked the weight 0, and 0 * NaN is NaN. On a
-    CPU such zeros cost no memory until they are written.
+    Places that nobody wrote are zero, never NaN: attention gives what is masked the weight 0, and 0 * NaN is NaN.
     """
 
     def __init__(self, shapes: Mapping[int, LayerShape], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         def zeros(heads: int, dim: int) -> Tensor:
-            return torch.zeros(tokens * heads * dim, dtype=dtype, device=device)
+            return lazy_zeros(tokens * heads * dim, dtype, device)
 
         self._shapes = dict(shapes)
         self._keys = {layer: zeros(s.heads, s.key_dim) for layer, s in shapes.items()}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from loramill.worker.adapters import Adapter
 from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache, bytes_per_token
+from loramill.worker.memory import free_memory, keep_freed_memory
 from loramill.worker.model import BaseInfo, Model, ModelError
 from loramill.worker.request import Completion, EngineStats, FinishReason, Request, Result
 from loramill.worker.sampling import Draw, draw
 from loramill.worker.scheduler import Scheduler, Sequence, Step
-from loramill.worker.slabs import Slabs
+from loramill.worker.slabs import Slabs, size_classes
 from loramill.worker.slots import Slots
 
 _MAX_SEQS = {"cpu": 128, "cuda": 256}
@@ -68,6 +67,8 @@ class Engine:
         wanted = config.max_num_seqs or _MAX_SEQS[self.device]
         self.max_num_seqs = min(wanted, config.max_num_batched_tokens)
         slabs = self._make_slabs()
+        if self.device == "cpu":
+            keep_freed_memory()
         self._cache = KVCache(
             self._model.shapes, len(slabs) * slabs.tokens, self._model.dtype, torch.device(self.device)
         )
@@ -236,7 +237,7 @@ class Engine:
         slab_tokens = max(_SLAB_TOKENS[device], longest)
         budget = config.kv_cache_memory
         if budget is None:
-            budget = int(_free_memory(self.device) * _MEMORY_SHARE[device])
+            budget = int(free_memory(self.device) * _MEMORY_SHARE[device])
         elif budget < slab_tokens * per_token:
             slab_tokens = longest  # a small cache holds at least one row
         count = budget // (slab_tokens * per_token)
@@ -245,22 +246,6 @@ class Engine:
                 f"a row of {longest} tokens needs {longest * per_token / 2**20:.1f} MiB of cache and "
                 f"{budget / 2**20:.1f} MiB are allowed: raise --kv-cache-memory or lower --max-model-len"
             )
-        # More than every row at its longest, in each size class, is never used.
-        ceiling = -(-self.max_num_seqs * 3 * longest // (2 * slab_tokens)) + 8
+        # Every row at its longest with the waste of its size class, and a slab begun in each class: never more.
+        ceiling = -(-self.max_num_seqs * 5 * longest // (4 * slab_tokens)) + len(size_classes(longest))
         return Slabs(min(count, ceiling), slab_tokens)
-
-
-def _free_memory(device: str) -> int:
-    """Bytes free for us: on the device, or of the machine and the control group that we run in."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no control group, or no limit in it
-    return max(free, 0)

@@ -55,7 +55,7 @@ class Slabs:
         self._slabs = [_Slab() for _ in range(count)]
         self._free = list(range(count - 1, -1, -1))
         self._open: dict[int, list[int]] = {}  # capacity -> slabs of that class with room
-        self._classes = _classes(tokens)
+        self._classes = size_classes(tokens)
 
     def __len__(self) -> int:
         return len(self._slabs)
@@ -129,8 +129,8 @@ class Slabs:
         return self._classes[bisect_left(self._classes, tokens)]
 
 
-def _classes(largest: int) -> list[int]:
-    """Capacities 32, 40, 48, 56, 64, 80, ...: at most a fifth of a row's room is waste."""
+def size_classes(largest: int) -> list[int]:
+    """The capacities that rows come in: 32, 40, 48, 56, 64, 80, ...: at most a fifth of a row's room is waste."""
     sizes = []
     size = 32
     while size < largest:

@@ -48,7 +48,8 @@ def runners() -> dict[str, Runner]:
         Transformers(),
         Loramill(lora=False),
         Loramill(lora=True),
-        PeftMixed(),
+        PeftMixed(float32_adapters=True),
+        PeftMixed(float32_adapters=False),
         PeftGrouped(),
     ]
     return {runner.name: runner for runner in every}

@@ -195,11 +195,11 @@ def test_index_feeds_the_plan(bench: Bench) -> None:
     assert index.row[order].tolist() == [4, 2, 0, 5, 3, 1]
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    # 100,000 rows here (measured: 18 MB); with 1,000,000 the same program measures 85 MB, and 300 are allowed.
+def test_a_million_rows_take_little_memory(tmp_path: Path) -> None:
+    # Measured: 85 MB above the imports, and 18 MB for a tenth of the rows.
     program = Path(__file__).with_name("measure_validate.py")
-    command = [sys.executable, str(program), "100000", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, check=True, timeout=300)
+    command = [sys.executable, str(program), "1000000", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=600)
     report = orjson.loads(done.stdout)
-    assert report["rows"] == 100_000
-    assert report["growth_mb"] < 60
+    assert report["rows"] == 1_000_000
+    assert report["growth_mb"] < 300

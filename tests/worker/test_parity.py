@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,11 +14,21 @@ import pytest
 import torch
 import transformers
 
+from loramill.producer.cli import main
 from loramill.worker.engine import Engine
 from loramill.worker.request import Request, Result, Sampling
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 TOKENS = 20
+
+
+def mixed_rows(seed: int) -> list[tuple[list[int], int | None]]:
+    """(prompt, adapter number or None for the base), shuffled."""
+    draw = random.Random(seed)
+    return [
+        ([draw.randrange(3, 97) for _ in range(draw.choice([1, 2, 7, 30, 59]))], draw.choice([None, 0, 1, 2, 3, 4]))
+        for _ in range(24)
+    ]
 
 
 def peft_answers(one: Any, rows: list[tuple[list[int], int | None]]) -> list[list[int]]:
@@ -54,11 +66,7 @@ def test_mixed_adapters_with_chunks_eviction_and_reuse(
     answer: Callable[[Engine, list[Request]], dict[int, Result]],
 ) -> None:
     one = family(name)
-    draw = random.Random(1)
-    rows: list[tuple[list[int], int | None]] = [
-        ([draw.randrange(3, 97) for _ in range(draw.choice([1, 2, 7, 30, 59]))], draw.choice([None, 0, 1, 2, 3, 4]))
-        for _ in range(24)
-    ]
+    rows = mixed_rows(seed=1)
     expected = peft_answers(one, rows)
     # 40 tokens a pass cut the longer prompts; two slots for five adapters evict; the second half uses them again.
     engine = make_engine(name, max_loras_per_batch=2, max_num_seqs=6, max_num_batched_tokens=40)
@@ -72,6 +80,43 @@ def test_mixed_adapters_with_chunks_eviction_and_reuse(
     assert engine.stats.adapter_evictions > 0
     assert engine.stats.adapter_loads > len(one.adapters), "some adapter came back"
     assert max(len(prompt) for prompt, _ in rows) > 40, "some prompt was cut"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_file_of_mixed_adapters_through_the_command(
+    name: str, family: Callable[[str], Any], byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    one = family(name)
+    byte_tokenizer.save_pretrained(one.folder)  # for the answers' text; the prompts are token ids
+    rows = mixed_rows(seed=2)
+    lines = [
+        {
+            "custom_id": f"row-{number}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {
+                "model": "" if adapter is None else f"a{adapter}",
+                "prompt": prompt,
+                "max_tokens": TOKENS,
+                "temperature": 0,
+                "return_token_ids": True,
+            },
+        }
+        for number, (prompt, adapter) in enumerate(rows)
+    ]
+    job, answers = tmp_path / "job.jsonl", tmp_path / "answers.jsonl"
+    job.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = f"run -i {job} -o {answers} --base-model {one.folder} --adapters-dir {one.folder.parent} --quiet"
+    limits = "--dtype float32 --max-loras-per-batch 2 --max-num-seqs 6 --max-num-batched-tokens 40"
+    with pytest.raises(SystemExit) as ended:
+        main(f"{command} {limits}".split())
+    assert ended.value.code == 0
+    results = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [result["custom_id"] for result in results] == [line["custom_id"] for line in lines]
+    bodies = [result["response"]["body"] for result in results]
+    assert [body["choices"][0]["token_ids"] for body in bodies] == peft_answers(one, rows)
+    hashes = [None if adapter is None else one.adapters[adapter].sha256 for _, adapter in rows]
+    assert [body["loramill"]["adapter_sha256"] for body in bodies] == hashes
 
 
 def test_adapters_do_change_the_answers(

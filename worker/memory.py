@@ -1,0 +1,51 @@
+"""The process's memory: what is free, and keeping what torch gives back."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+
+
+def free_memory(device: str) -> int:
+    """Bytes free for us: on the device, or of the machine and the control group that we run in."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no control group, or no limit in it
+    return max(free, 0)
+
+
+def lazy_zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`count` zeros; on a CPU in pages of their own, which take no memory until they are written."""
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large freed blocks for the next tensor, where it is glibc.
+
+    By default each activation of a prefill is mapped anew, and faulting its pages in takes longer than computing it:
+    on two cores, 8192 tokens through a 100M-parameter Qwen2 took 8.5 s, and 5.0 s with this. The process then gives
+    memory back only when it ends.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**26)
