@@ -12,9 +12,11 @@ Tokens = Mapping[str, Sequence[int]]
 
 RATIOS = (
     ("loramill", "peft-mixed"),
-    ("loramill", "peft-mixed-bf16"),
     ("loramill", "peft-grouped"),
     ("loramill", "loramill-base"),
+    ("loramill-16", "peft-mixed"),
+    ("loramill-16", "peft-grouped"),
+    ("loramill-16", "loramill-base"),
     ("loramill-base", "transformers"),
 )
 """Pairs whose rates are compared: how many times the second's rate the first has."""

@@ -17,6 +17,7 @@ from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+OURS = ("loramill", "loramill-16", "loramill-base")
 SECTION = re.compile(r"(<!-- bench:(summary|results) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -37,13 +38,13 @@ def render(document: str, results: Sequence[Mapping[str, Any]]) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """One row per runner: rates with their range, then how loramill compares with it."""
     lines = [
-        "| | output tokens/s, median (range) | loramill with adapters is | loramill without LoRA is |",
-        "|---|---|---|---|",
+        "| | output tokens/s, median (range) | loramill, 8 slots, is | 16 slots | no LoRA |",
+        "|---|---|---|---|---|",
     ]
     for name, runner in result["runners"].items():
-        compared = [_ratio(result["ratios"].get(f"{ours} / {name}")) for ours in ("loramill", "loramill-base")]
+        compared = [_ratio(result["ratios"].get(f"{ours} / {name}")) for ours in OURS]
         lines.append(f"| {runner['title']} | {_range(runner['output_tokens_per_s'], '.0f')} | {' | '.join(compared)} |")
-    lines += [f"| {name} | absent: {reason} | | |" for name, reason in result["absent"].items()]
+    lines += [f"| {name} | absent: {reason} | | | |" for name, reason in result["absent"].items()]
     return "\n".join(lines)
 
 

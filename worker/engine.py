@@ -53,7 +53,7 @@ class Engine:
         adapters: Iterable[Adapter] = (),
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
-        """Load the base model; `decode` turns token ids into text and is used to find stop strings.
+        """Load the base model; adapters are read when a row needs them, and `decode` finds stop strings in the text.
 
         Raises:
             ModelError: the model cannot be loaded or served, or the cache memory holds no row.
@@ -83,10 +83,6 @@ class Engine:
         self._rows: dict[int, list[Completion]] = {}
         self._eos = frozenset(config.base.eos_token_ids)
         self._stats = EngineStats()
-
-    def register(self, adapter: Adapter) -> None:
-        """Make an adapter known; its weights are read when a row needs them."""
-        self._adapters[adapter.sha256] = adapter
 
     def add(self, request: Request) -> None:
         """Queue a row.

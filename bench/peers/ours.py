@@ -12,16 +12,19 @@ from pathlib import Path
 from bench.job import Job
 from bench.peers.runner import Answers
 
-MAX_LORAS_PER_BATCH = 8
-
 
 class Loramill:
-    """`loramill run` over the job: adapters loaded and evicted as its plan needs (`lora`), or all rows by the base."""
+    """`loramill run` over the job: adapters loaded and evicted as its plan needs, or all rows by the base.
 
-    def __init__(self, *, lora: bool) -> None:
-        self.lora = lora
-        self.name = "loramill" if lora else "loramill-base"
-        self.title = f"loramill, dynamic, {MAX_LORAS_PER_BATCH} slots" if lora else "loramill, no LoRA"
+    8 slots are the command's default, and evict here; 16 hold every adapter, as PEFT does.
+    """
+
+    def __init__(self, *, slots: int = 0) -> None:
+        """`slots` is --max-loras-per-batch; 0 is the base alone."""
+        self.slots = slots
+        self.lora = slots > 0
+        self.name = {0: "loramill-base", 8: "loramill"}.get(slots, f"loramill-{slots}")
+        self.title = f"loramill, dynamic, {slots} slots" if slots else "loramill, no LoRA"
         self.command = Path(sys.executable).with_name("loramill")
 
     def absent(self) -> str | None:
@@ -47,7 +50,7 @@ class Loramill:
 
     def arguments(self, job: Job, output: Path) -> list[str]:
         """The command line after `loramill`."""
-        choose = ["--adapters-dir", str(job.adapters), "--max-loras-per-batch", str(MAX_LORAS_PER_BATCH)]
+        choose = ["--adapters-dir", str(job.adapters), "--max-loras-per-batch", str(self.slots)]
         return [
             "run",
             *("-i", str(job.input_file(lora=self.lora))),

@@ -46,10 +46,10 @@ def runners() -> dict[str, Runner]:
 
     every: list[Runner] = [
         Transformers(),
-        Loramill(lora=False),
-        Loramill(lora=True),
-        PeftMixed(float32_adapters=True),
-        PeftMixed(float32_adapters=False),
+        Loramill(),
+        Loramill(slots=8),
+        Loramill(slots=16),
+        PeftMixed(),
         PeftGrouped(),
     ]
     return {runner.name: runner for runner in every}

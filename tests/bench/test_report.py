@@ -46,9 +46,9 @@ RESULT: dict[str, Any] = {
 
 def test_table_has_medians_ranges_ratios_and_absent_peers() -> None:
     lines = table(RESULT).splitlines()
-    assert lines[2] == "| ours | 400 (300-500) |  |  |"
-    assert lines[3] == "| theirs | 100 (90-110) | 4.00 (3.50-4.50)x |  |"
-    assert lines[4] == "| other | absent: not installed | | |"
+    assert lines[2] == "| ours | 400 (300-500) |  |  |  |"
+    assert lines[3] == "| theirs | 100 (90-110) | 4.00 (3.50-4.50)x |  |  |"
+    assert lines[4] == "| other | absent: not installed | | | |"
 
 
 def test_render_replaces_only_marked_sections() -> None:
