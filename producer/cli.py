@@ -13,6 +13,7 @@ import click
 
 import loramill
 from loramill.producer.failures import ExitCode, Failure
+from loramill.producer.interrupts import held
 from loramill.producer.options import RunOptions, run_options
 
 
@@ -30,7 +31,8 @@ def run(**given: Any) -> ExitCode:
     Interrupted, killed or out of disk, the same command again goes on where it stopped and redoes no finished row.
     """
     started_s = time.monotonic()
-    from loramill.producer.run import run_file  # torch and transformers take seconds, which are the run's too
+    with held():
+        from loramill.producer.run import run_file  # torch and transformers take seconds, which are the run's too
 
     return run_file(RunOptions(**given), started_s)
 

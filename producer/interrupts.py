@@ -12,6 +12,20 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals that come within this block are raised at its end: imports of large libraries swallow one amid them."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 class Interrupts:
     """While this context manager is active, a signal raises KeyboardInterrupt; within `draining` the first one only
     sets `requested`. For the main thread."""
@@ -38,8 +52,14 @@ class Interrupts:
         finally:
             self._drains = False
 
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a signal has come: a library that was being imported may have swallowed it."""
+        if self.requested:
+            raise KeyboardInterrupt
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._drains or self.requested:
+            self.requested = True
             raise KeyboardInterrupt
         self.requested = True
         # Not print: the signal may have come in the middle of one.

@@ -77,7 +77,9 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
         check_outputs(options)
         models = open_models(options)
         with open_input(options.input, str(folder)) as source, closing(InvalidLines(folder)) as invalid:
+            interrupts.check()
             index = _check(source, models, options, invalid)
+            interrupts.check()
             with closing(_open_journal(options, source, models, index)) as journal:
                 job = _Job(journal.identity_sha256, options, models, source, index, journal)
                 summary = _finish(job, invalid, interrupts)

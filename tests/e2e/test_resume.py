@@ -136,12 +136,13 @@ def test_a_second_interrupt_ends_it_at_once(desk, rows) -> None:
     assert len(desk.results()) == 8
 
 
-def test_an_interrupt_before_any_compute(desk) -> None:
-    ready = "import sys; print('READY', file=sys.stderr, flush=True)"
+@pytest.mark.parametrize("after_s", [0.2, 0.5, 1.2, 2.5])
+def test_an_interrupt_before_any_compute(desk, after_s: float) -> None:
+    ready = "import sys, loramill.producer.cli; print('READY', file=sys.stderr, flush=True)"
     process = desk.start("--input", "-", before=ready, stdin=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.readline()
-    time.sleep(0.5)  # somewhere between the imports and the wait for stdin
+    time.sleep(after_s)  # amid torch's import, transformers' (both have swallowed one), or the wait for stdin
     process.send_signal(signal.SIGINT)
     ended = desk.end(process)
     assert ended.code == 130
