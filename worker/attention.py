@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from loramill.worker.batch import Batch, Decode, Prefill, Probe, current
+from loramill.worker.batch import Batch, Decode, Prefill, Probe, current, seen
 from loramill.worker.cache import LayerShape
 
 NAME = "loramill"
@@ -20,6 +20,12 @@ NAME = "loramill"
 
 _INERT = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 """Keyword arguments that change nothing here: packing and causality come from the batch itself."""
+
+PRODUCTS_LENGTH = 512
+"""Up to which length prompts in bfloat16 attend on a CPU by plain products instead of the fused operator."""
+
+SCORES_AT_ONCE = 1 << 20
+"""How many scores are held between the products; more fall out of the processor's cache."""
 
 
 class UnsupportedAttention(Exception):
@@ -80,22 +86,42 @@ def _prefill(batch: Batch, layer: int, prefill: Prefill, q: Tensor, k: Tensor, v
     count, length = prefill.count, prefill.past + prefill.count
     queries = q.index_select(0, prefill.rows).view(-1, count, *q.shape[1:]).transpose(1, 2)
     if prefill.past:
-        keys, values = batch.cache.rows(layer, prefill.room)
-        keys, values = keys[..., :length].transpose(2, 3), values[:, :, :length]
+        keys, values = (t[:, :, :length] for t in batch.cache.rows(layer, prefill.room))
     else:
         keys = k.index_select(0, prefill.rows).view(-1, count, *k.shape[1:]).transpose(1, 2)
         values = v.index_select(0, prefill.rows).view(-1, count, *v.shape[1:]).transpose(1, 2)
-    group = q.shape[1] // k.shape[1]
-    keys, values = _per_query_head(keys, group), _per_query_head(values, group)
-    if how.softcap:
-        hidden = ~_causal(count, length, how.window, q.device)
-        bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
-        answer = _weights(queries @ keys.transpose(2, 3), bias, how).to(q.dtype) @ values
+    if how.softcap or _by_products(q, length):
+        answer = _products(queries, keys, values, prefill.bias(how.window, q.shape[1] // k.shape[1]), how)
     else:
+        group = q.shape[1] // k.shape[1]
         plain = not prefill.past and (how.window is None or length <= how.window)
-        mask = None if plain else _causal(count, length, how.window, q.device)
+        mask = None if plain else seen(count, length, how.window, q.device)
+        keys, values = _per_query_head(keys, group), _per_query_head(values, group)
         answer = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=plain, scale=how.scale)
-    return answer.transpose(1, 2).reshape(prefill.rows.shape[0], q.shape[1], -1)
+        answer = answer.transpose(1, 2)
+    return answer.reshape(prefill.rows.shape[0], q.shape[1], -1)
+
+
+def _by_products(q: Tensor, length: int) -> bool:
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and length <= PRODUCTS_LENGTH
+
+
+def _products(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, how: _How) -> Tensor:
+    """[n, heads, count, dim] queries, [n, kv_heads, length, dim] keys and values -> [n, count, heads, dim].
+
+    A few sequences at a time, so that their scores stay in the processor's cache.
+    """
+    n, heads, count, _ = queries.shape
+    kv_heads, length = keys.shape[1:3]
+    out = queries.new_empty(n, count, heads, values.shape[3])
+    step = max(1, SCORES_AT_ONCE // (heads * count * length))
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        mine = queries[part].reshape(-1, heads // kv_heads * count, queries.shape[3])
+        scores = torch.bmm(mine, keys[part].flatten(0, 1).transpose(1, 2))
+        answer = torch.bmm(_weights(scores, bias, how).to(queries.dtype), values[part].flatten(0, 1))
+        out[part] = answer.view(-1, heads, count, values.shape[3]).transpose(1, 2)
+    return out
 
 
 def _decode(batch: Batch, layer: int, decode: Decode, q: Tensor, how: _How) -> Tensor:
@@ -105,7 +131,7 @@ def _decode(batch: Batch, layer: int, decode: Decode, q: Tensor, how: _How) -> T
     kv_heads = keys.shape[1]
     queries = q.index_select(0, decode.queries).view(n * kv_heads, heads // kv_heads, -1)
     # In bfloat16 the scores are rounded once before the softmax, as in transformers' eager attention.
-    scores = torch.bmm(queries, keys.flatten(0, 1)[..., : decode.span])
+    scores = torch.bmm(queries, keys.flatten(0, 1)[:, : decode.span].transpose(1, 2))
     weights = _weights(scores.view(n, kv_heads, heads // kv_heads, -1), decode.bias(how.window), how)
     answer = torch.bmm(weights.to(q.dtype).flatten(0, 1), values.flatten(0, 1)[:, : decode.span])
     answer = answer.view(n, heads, -1)
@@ -123,11 +149,3 @@ def _weights(scores: Tensor, bias: Tensor, how: _How) -> Tensor:
 def _per_query_head(keys: Tensor, group: int) -> Tensor:
     """[n, kv_heads, length, dim] -> [n, kv_heads * group, length, dim]."""
     return keys if group == 1 else keys.repeat_interleave(group, dim=1)
-
-
-def _causal(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Who the last `count` of `length` positions may attend to: [count, length] bool."""
-    key = torch.arange(length, device=device)
-    query = torch.arange(length - count, length, device=device)[:, None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)

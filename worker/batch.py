@@ -33,6 +33,18 @@ class Prefill:
     past: int
     rows: Tensor
     room: Room
+    _biases: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+
+    def bias(self, window: int | None, group: int) -> Tensor:
+        """What scores are raised by: 0 or -inf, [group * count, past + count] float32 for the heads of a KV group."""
+        length = self.past + self.count
+        if window is not None and window >= length:
+            window = None
+        if (window, group) not in self._biases:
+            may = seen(self.count, length, window, self.rows.device)
+            bias = torch.zeros(may.shape, device=may.device).masked_fill_(~may, float("-inf"))
+            self._biases[window, group] = bias.repeat(group, 1)
+        return self._biases[window, group]
 
 
 @dataclass(slots=True)
@@ -160,6 +172,14 @@ def _decode(slabs: Slabs, slab: int, rows: dict[int, int], device: torch.device)
         lengths=torch.tensor(lengths, device=device),
         answered=None if len(rows) == len(held) else torch.tensor(sorted(rows), device=device),
     )
+
+
+def seen(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `length` positions each of the last `count` may attend to: causal, [count, length] bool."""
+    key = torch.arange(length, device=device)
+    query = torch.arange(length - count, length, device=device)[:, None]
+    within = key <= query
+    return within if window is None else within & (key > query - window)
 
 
 _current: ContextVar[Batch | Probe] = ContextVar("loramill_batch")
