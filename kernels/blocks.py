@@ -1,0 +1,63 @@
+"""Every block size that a kernel can be launched with. Pure: no torch, no triton.
+
+The list is short and finite on purpose: a test compiles all of it, for every architecture, before any device sees it.
+A plan chooses from it and from nothing else. Sizes of shapes the hardware prefers; which of them a shape gets is the
+plan's to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, frozen=True)
+class Blocks:
+    """A block of `n` columns and `k` of the reduced dimension, the warps of a program and its loads in flight."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+PLAIN_SHRINK = Blocks(32, 32, 4, 2)
+"""The blocks of shapes that are not aligned: small, since addresses one by one take the registers."""
+
+
+def plain_expand(height: int) -> Blocks:
+    """As PLAIN_SHRINK, for the expand."""
+    return Blocks(32, 16, 8 if height == 128 else 4, 2)
+
+
+def shrink_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
+    """Blocks of the grouped shrink for tiles of `height` rows."""
+    if itemsize == 4:  # float32 multiplies without tensor cores: small blocks, or accumulators spill
+        return (Blocks(32, 32, 4, 3),)
+    if height == 16:
+        return Blocks(32, 128, 4, 4), Blocks(64, 128, 4, 4)
+    return Blocks(64, 64, 4 if height == 64 else 8, 3), Blocks(128, 64, 8, 3)
+
+
+def expand_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
+    """Blocks of the grouped expand: `k` columns of the rank at once."""
+    if itemsize == 4:
+        return (Blocks(32 if height == 16 else 64, 16, 4 if height == 16 else 8, 2),)
+    if height == 16:
+        return Blocks(128, 16, 4, 3), Blocks(128, 64, 4, 3)
+    if height == 64:
+        return Blocks(64, 16, 4, 2), Blocks(64, 32, 8, 2)
+    return (Blocks(64, 16, 8, 2),)
+
+
+PLAIN_ROW_SHRINK = Blocks(8, 128, 4, 2)
+PLAIN_ROW_EXPAND = Blocks(128, 16, 4, 2)
+
+
+def row_shrink_blocks(itemsize: int) -> tuple[Blocks, ...]:
+    """Blocks of the shrink that gives each row programs of its own."""
+    return (Blocks(16, 512 if itemsize == 2 else 256, 4, 2),)
+
+
+def row_expand_blocks(itemsize: int) -> tuple[Blocks, ...]:
+    """Blocks of the expand that gives each row programs of its own."""
+    return (Blocks(512 if itemsize == 2 else 256, 16, 4, 2),)
