@@ -26,7 +26,7 @@ PLAIN_SHRINK = Blocks(32, 32, 4, 2)
 
 def plain_expand(height: int) -> Blocks:
     """As PLAIN_SHRINK, for the expand."""
-    return Blocks(32, 16, 8 if height == 128 else 4, 2)
+    return Blocks(64 if height == 16 else 32, 16, 8 if height == 128 else 4, 2)
 
 
 def shrink_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
@@ -35,13 +35,13 @@ def shrink_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
         return (Blocks(32, 32, 4, 3),)
     if height == 16:
         return Blocks(32, 128, 4, 4), Blocks(64, 128, 4, 4)
-    return Blocks(64, 64, 4 if height == 64 else 8, 3), Blocks(128, 64, 8, 3)
+    return Blocks(64, 128, 4, 3) if height == 64 else Blocks(64, 64, 8, 3), Blocks(128, 64, 8, 3)
 
 
 def expand_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
     """Blocks of the grouped expand: `k` columns of the rank at once."""
     if itemsize == 4:
-        return (Blocks(32 if height == 16 else 64, 16, 4 if height == 16 else 8, 2),)
+        return (Blocks(64, 16, 4 if height == 16 else 8, 2),)
     if height == 16:
         return Blocks(128, 16, 4, 3), Blocks(128, 64, 4, 3)
     if height == 64:
@@ -49,15 +49,6 @@ def expand_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
     return (Blocks(64, 16, 8, 2),)
 
 
-PLAIN_ROW_SHRINK = Blocks(8, 128, 4, 2)
-PLAIN_ROW_EXPAND = Blocks(128, 16, 4, 2)
-
-
-def row_shrink_blocks(itemsize: int) -> tuple[Blocks, ...]:
-    """Blocks of the shrink that gives each row programs of its own."""
-    return (Blocks(16, 512 if itemsize == 2 else 256, 4, 2),)
-
-
-def row_expand_blocks(itemsize: int) -> tuple[Blocks, ...]:
-    """Blocks of the expand that gives each row programs of its own."""
-    return (Blocks(512 if itemsize == 2 else 256, 16, 4, 2),)
+ROW_SHRINK, PLAIN_ROW_SHRINK = Blocks(16, 256, 4, 2), Blocks(8, 128, 4, 2)
+ROW_EXPAND, PLAIN_ROW_EXPAND = Blocks(256, 16, 4, 2), Blocks(128, 16, 4, 2)
+"""Blocks of the forms that give each row programs of its own: 32 numbers of a weight in each thread."""

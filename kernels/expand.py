@@ -21,12 +21,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from loramill.kernels.blocks import Blocks, expand_blocks, plain_expand
 from loramill.kernels.jit import DTYPES, Variant, dot, kernel, variants
-from loramill.kernels.routing import HEIGHTS, Routing
+from loramill.kernels.routing import HEIGHTS, TileRouting
 
 SIBLINGS = 4
 """Most projections that one launch serves; q, k and v are three."""
@@ -44,43 +45,9 @@ class Bridge:
     slot_columns: int = 0
 
 
-def _expand(  # type: ignore[no-untyped-def]
-    y,
-    v,
-    b,
-    ranks,
-    order,
-    tile_mix,
-    tile_start,
-    tile_rows,
-    mix_slots,
-    mix_weights,
-    mix_members,
-    n_size,
-    y_row,
-    v_row,
-    v_member,
-    v_plane,
-    v_slot,
-    end_0,
-    end_1,
-    end_2,
-    siblings,
-    rank,
-    members,
-    planes,
-    n_blocks,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    program = tl.program_id(0)
-    tile = program // n_blocks
-    mix = tl.load(tile_mix + tile)
-    if mix < 0:
-        return
-    # Blocks are numbered sibling by sibling: find whose this one is, and where its columns begin and end.
-    block = program % n_blocks
+@triton.jit
+def columns_of(block, end_0, end_1, end_2, n_size, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whose columns block `block` holds, which, and which of them are there: blocks are numbered sibling by sibling."""
     blocks_0 = tl.cdiv(end_0, BLOCK_N)
     blocks_1 = blocks_0 + tl.cdiv(end_1 - end_0, BLOCK_N)
     blocks_2 = blocks_1 + tl.cdiv(end_2 - end_1, BLOCK_N)
@@ -90,7 +57,21 @@ def _expand(  # type: ignore[no-untyped-def]
     end = tl.where(in_3, n_size, tl.where(in_2, end_2, tl.where(in_1, end_1, end_0)))
     block -= tl.where(in_3, blocks_2, tl.where(in_2, blocks_1, tl.where(in_1, blocks_0, 0)))
     n = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep_n = n < end
+    return sibling, n, n < end
+
+
+def _expand(  # type: ignore[no-untyped-def]
+    y, v, b, ranks, order, tile_mix, tile_start, tile_rows, mix_slots, mix_weights, mix_members,
+    n_size, y_row, v_row, v_member, v_plane, v_slot, end_0, end_1, end_2,
+    siblings, rank, members, planes, n_blocks,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile = program // n_blocks
+    mix = tl.load(tile_mix + tile)
+    if mix < 0:
+        return
+    sibling, n, keep_n = columns_of(program % n_blocks, end_0, end_1, end_2, n_size, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     keep_m = m < tl.load(tile_rows + tile)
     rows = tl.load(order + tl.load(tile_start + tile) + m, mask=keep_m, other=0).to(tl.int64)
@@ -143,7 +124,7 @@ EXPAND = kernel(
 
 
 def expand(
-    y: Tensor, bridge: Bridge, b: Tensor, widths: Sequence[int], ranks: Tensor, routing: Routing, blocks: Blocks
+    y: Tensor, bridge: Bridge, b: Tensor, widths: Sequence[int], ranks: Tensor, routing: TileRouting, blocks: Blocks
 ):
     """Add each routed row's delta to `y` in place; shapes are at the head."""
     wide = expand_strides(y, bridge, b, widths)
@@ -186,7 +167,7 @@ def expand_variants(hip: bool) -> Iterator[Variant]:
     for dtype, name in DTYPES.items():
         for height in HEIGHTS:
             listed = expand_blocks(height, dtype.itemsize)
-            for v in {"fp32", name}:
+            for v in sorted({"fp32", name}):
                 pointers = {"y": name, "v": v, "b": name}
                 yield from variants(EXPAND, pointers, listed, plain_expand(height), hip, BLOCK_M=height)
 

@@ -79,7 +79,7 @@ class Mixes:
 
 
 @dataclass(slots=True, frozen=True)
-class Routing:
+class TileRouting:
     """Where the T rows of one pass go; made once and shared by every projection of every layer. All int32."""
 
     height: int
@@ -103,7 +103,7 @@ class Routing:
         return self.tile_mix.shape[0]
 
 
-def route_host(mix_of_row: Sequence[int], mixes: Mixes, height: int) -> Routing:
+def route_host(mix_of_row: Sequence[int], mixes: Mixes, height: int) -> TileRouting:
     """Route rows by a list that the host knows, checking it.
 
     Raises:
@@ -120,10 +120,10 @@ def route_host(mix_of_row: Sequence[int], mixes: Mixes, height: int) -> Routing:
         return torch.tensor(numbers, dtype=torch.int32, device=mixes.slots.device)
 
     arrays = (mix_of_row, tiles.order, tiles.mix, tiles.start, tiles.rows)
-    return Routing(height, mixes, *map(on_device, arrays), alone=alone)
+    return TileRouting(height, mixes, *map(on_device, arrays), alone=alone)
 
 
-def route_device(mix_of_row: Tensor, mixes: Mixes, height: int) -> Routing:
+def route_device(mix_of_row: Tensor, mixes: Mixes, height: int) -> TileRouting:
     """Route rows by a tensor [T] int32 on the device, without reading it back: a CUDA graph can capture this.
 
     Numbers that are no mix of the table count as the base.
@@ -153,7 +153,7 @@ def route_device(mix_of_row: Tensor, mixes: Mixes, height: int) -> Routing:
     mix = mix.clamp(max=capacity - 1)
     first = start[mix] + (tile - last_tile[mix] + tiles_of_mix[mix]) * height
     rows = (end[mix] - first).clamp(max=height)
-    return Routing(
+    return TileRouting(
         height,
         mixes,
         mix_of_row,

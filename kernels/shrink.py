@@ -20,34 +20,14 @@ from torch import Tensor
 
 from loramill.kernels.blocks import PLAIN_SHRINK, Blocks, shrink_blocks
 from loramill.kernels.jit import DTYPES, Variant, dot, kernel, variants
-from loramill.kernels.routing import HEIGHTS, Routing
+from loramill.kernels.routing import HEIGHTS, TileRouting
 
 
 def _shrink(  # type: ignore[no-untyped-def]
-    x,
-    a,
-    v,
-    ranks,
-    order,
-    tile_mix,
-    tile_start,
-    tile_rows,
-    mix_slots,
-    mix_members,
-    k_size,
-    x_row,
-    v_row,
-    v_member,
-    v_split,
-    siblings,
-    rank,
-    members,
-    n_blocks,
-    split_blocks,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, a, v, ranks, order, tile_mix, tile_start, tile_rows, mix_slots, mix_members,
+    k_size, x_row, v_row, v_member, v_split, siblings, rank, members, n_blocks, split_blocks,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # Blocks of one tile are neighbours, so that they find its rows of x in the cache.
     program = tl.program_id(0)
     tile = program // n_blocks
@@ -87,7 +67,7 @@ def _shrink(  # type: ignore[no-untyped-def]
 SHRINK = kernel(_shrink, wide=("x", "a", "v", "k_size", "x_row", "v_row", "v_member", "v_split"), reduced="BLOCK_K")
 
 
-def shrink(x: Tensor, a: Tensor, ranks: Tensor, routing: Routing, v: Tensor, blocks: Blocks) -> None:
+def shrink(x: Tensor, a: Tensor, ranks: Tensor, routing: TileRouting, v: Tensor, blocks: Blocks) -> None:
     """Fill `v` [splits, members, T, siblings * R] with the planes of the shrink; shapes are at the head."""
     siblings, rank, k_size = a.shape[1:]
     splits, members = v.shape[:2]

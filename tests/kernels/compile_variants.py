@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from loramill.kernels.expand import expand_variants
 from loramill.kernels.jit import ALIGNMENT, Variant
+from loramill.kernels.rows import row_variants
 from loramill.kernels.shrink import shrink_variants
 
 TARGETS = (
@@ -68,7 +69,7 @@ def main(part: int, parts: int) -> None:
     jobs = [
         (target, variant)
         for target in TARGETS
-        for variants in (shrink_variants, expand_variants)
+        for variants in (shrink_variants, expand_variants, row_variants)
         for variant in variants(target.backend == "hip")
     ]
     for target, variant in jobs[part::parts]:

@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from loramill.kernels.blocks import expand_blocks, shrink_blocks
 from loramill.kernels.expand import Bridge, expand, expand_reference
 from loramill.kernels.mixes import Mix, number_mixes
-from loramill.kernels.routing import Mixes, Routing, route_host
+from loramill.kernels.routing import Mixes, TileRouting, route_host
+from loramill.kernels.rows import row_expand, row_shrink
 from loramill.kernels.shrink import shrink, shrink_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,12 +105,12 @@ def make(mixes: list[Mix], dtype: torch.dtype, k: int = 80, widths: tuple[int, .
     return Case(strided(x), base, a, b, ranks, widths, mixes, expected)
 
 
-def route(mixes: list[Mix], height: int) -> Routing:
+def route(mixes: list[Mix], height: int) -> TileRouting:
     mix_of_row, different = number_mixes(mixes)
     return route_host(mix_of_row, Mixes.of(different, SLOTS, DEVICE), height)
 
 
-def grouped(case: Case, routing: Routing, splits: int = 1, place: int = 0) -> Tensor:
+def grouped(case: Case, routing: TileRouting, splits: int = 1, place: int = 0) -> Tensor:
     siblings, rank = case.a.shape[1:3]
     members = routing.mixes.slots.shape[1]
     v = torch.full((splits, members, routing.rows, siblings * rank), float("nan"), device=DEVICE)
@@ -122,9 +123,27 @@ def grouped(case: Case, routing: Routing, splits: int = 1, place: int = 0) -> Te
     return y
 
 
+def by_row(case: Case, routing: TileRouting, splits: int = 1) -> Tensor:
+    siblings, rank = case.a.shape[1:3]
+    members = routing.mixes.slots.shape[1]
+    v = torch.full((splits, members, routing.rows, siblings * rank), float("nan"), device=DEVICE)
+    y = strided(case.base)
+    row_shrink(case.x, case.a, case.ranks, routing, v)
+    row_expand(y, Bridge(v), case.b, case.widths, case.ranks, routing)
+    return y
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_grouped_tiles(batch: str, dtype: torch.dtype) -> None:
     case = make(BATCHES[batch], dtype)
     y = grouped(case, route(case.mixes, 16))
+    assert case.error(y) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("batch", ["one row", "one row of the base", "uniform 15", "mixes"])
+def test_rows_of_their_own(batch: str, dtype: torch.dtype) -> None:
+    case = make(BATCHES[batch], dtype)
+    y = by_row(case, route(case.mixes, 16))
     assert case.error(y) < BOUNDS[dtype]
