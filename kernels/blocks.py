@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HEIGHTS = (16, 64, 128)
+"""Rows a tile can have: 16 is the least that tensor cores take, 64 and 128 are one and two Hopper warp groups."""
+
 
 @dataclass(slots=True, frozen=True)
 class Blocks:

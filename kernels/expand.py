@@ -16,7 +16,6 @@ products is not rounded to 8 bits: the expand waits for memory, and the second p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -25,24 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loramill.kernels.blocks import Blocks, expand_blocks, plain_expand
+from loramill.kernels.blocks import HEIGHTS, Blocks, expand_blocks, plain_expand
+from loramill.kernels.bridge import Bridge
 from loramill.kernels.jit import DTYPES, Variant, dot, kernel, variants
-from loramill.kernels.routing import HEIGHTS, TileRouting
-
-SIBLINGS = 4
-"""Most projections that one launch serves; q, k and v are three."""
-
-
-@dataclass(slots=True, frozen=True)
-class Bridge:
-    """v [planes, members, T, columns] between shrink and expand, and the columns from one slot to the next in it.
-
-    `slot_columns` is 0 where columns belong to the row's own slots, by member; in a product against every slot there is
-    one member plane, and each slot has columns of its own.
-    """
-
-    v: Tensor
-    slot_columns: int = 0
+from loramill.kernels.routing import TileRouting
 
 
 @triton.jit
@@ -155,7 +140,7 @@ def expand(
 
 def expand_strides(y: Tensor, bridge: Bridge, b: Tensor, widths: Sequence[int]) -> dict[str, Any]:
     """The arguments of an expand whose alignment matters."""
-    ends = [*accumulate(widths), *[y.shape[1]] * SIBLINGS]
+    ends = [*accumulate(widths), *[y.shape[1]] * 3]
     v_plane, v_member, v_row, _ = bridge.v.stride()
     wide = {"y": y, "v": bridge.v, "b": b, "n_size": y.shape[1], "y_row": y.stride(0), "v_row": v_row}
     wide |= {"v_member": 0 if bridge.slot_columns else v_member, "v_plane": v_plane, "v_slot": bridge.slot_columns}

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loramill.kernels.blocks import HEIGHTS
 from loramill.kernels.mixes import BASE_MIX, Mix, tile_capacity, tile_rows
-
-HEIGHTS = (16, 64, 128)
-"""Rows a tile can have: 16 is the least that tensor cores take, 64 and 128 one and two Hopper warp groups."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -17,7 +17,8 @@ from loramill.kernels.blocks import (
     ROW_EXPAND,
     ROW_SHRINK,
 )
-from loramill.kernels.expand import Bridge, columns_of, expand_strides
+from loramill.kernels.bridge import Bridge
+from loramill.kernels.expand import columns_of, expand_strides
 from loramill.kernels.jit import DTYPES, Variant, kernel, variants
 from loramill.kernels.routing import TileRouting
 

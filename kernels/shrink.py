@@ -18,9 +18,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from loramill.kernels.blocks import PLAIN_SHRINK, Blocks, shrink_blocks
+from loramill.kernels.blocks import HEIGHTS, PLAIN_SHRINK, Blocks, shrink_blocks
 from loramill.kernels.jit import DTYPES, Variant, dot, kernel, variants
-from loramill.kernels.routing import HEIGHTS, TileRouting
+from loramill.kernels.routing import TileRouting
 
 
 def _shrink(  # type: ignore[no-untyped-def]

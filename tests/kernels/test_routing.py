@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loramill.kernels.blocks import HEIGHTS
 from loramill.kernels.mixes import BASE_MIX, number_mixes, tile_capacity, tile_rows
-from loramill.kernels.routing import HEIGHTS, Mixes, route_device, route_host
+from loramill.kernels.routing import Mixes, route_device, route_host
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MIXES = 9

@@ -12,7 +12,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from loramill.kernels.blocks import expand_blocks, shrink_blocks
-from loramill.kernels.expand import Bridge, expand, expand_reference
+from loramill.kernels.bridge import Bridge
+from loramill.kernels.expand import expand, expand_reference
 from loramill.kernels.mixes import Mix, number_mixes
 from loramill.kernels.routing import Mixes, TileRouting, route_host
 from loramill.kernels.rows import row_expand, row_shrink
