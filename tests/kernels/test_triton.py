@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -11,11 +12,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from loramill.kernels.blocks import expand_blocks, shrink_blocks
-from loramill.kernels.bridge import Bridge
+from loramill.kernels.blocks import HEIGHTS, expand_blocks, shrink_blocks
+from loramill.kernels.bridge import Bridge, all_slots, fold
+from loramill.kernels.check import LiveRanks
+from loramill.kernels.embedding import embedding_lora, looked_up
 from loramill.kernels.expand import expand, expand_reference
 from loramill.kernels.mixes import Mix, number_mixes
-from loramill.kernels.routing import Mixes, TileRouting, route_host
+from loramill.kernels.on_device import carry_out, folded, run
+from loramill.kernels.plan import Launch, Plan, Regime
+from loramill.kernels.routing import Mixes, TileRouting, route_device, route_host
 from loramill.kernels.rows import row_expand, row_shrink
 from loramill.kernels.shrink import shrink, shrink_reference
 
@@ -55,6 +60,9 @@ BATCHES: dict[str, list[Mix]] = {
 }
 
 
+Form = Callable[..., Tensor]
+
+
 @dataclass(slots=True, frozen=True)
 class Case:
     x: Tensor
@@ -68,9 +76,22 @@ class Case:
 
     def error(self, y: Tensor) -> float:
         """The relative error, once what must not change has been seen not to have changed."""
-        base_rows = torch.tensor([not mix for mix in self.mixes], device=y.device)
-        assert torch.equal(y[base_rows], self.base[base_rows]), "rows of the base must stay bit for bit"
+        untouched = torch.ones_like(y, dtype=torch.bool)
+        ranks = self.ranks.repeat_interleave(torch.tensor(self.widths, device=y.device), 1)
+        for row, mix in enumerate(self.mixes):
+            for slot, _ in mix:
+                untouched[row] &= ranks[slot] == 0
+        assert torch.equal(y[untouched], self.base[untouched]), "what no adapter touches must stay bit for bit"
+        between = y.as_strided((y.shape[0], y.stride(0)), (y.stride(0), 1))[:, y.shape[1] :]
+        assert torch.isnan(between).all(), "nothing is written between rows"
         return float((y.double() - self.expected).norm() / self.expected.norm())
+
+
+def live(case: Case) -> LiveRanks:
+    ranks = LiveRanks(*case.ranks.shape, DEVICE)
+    for slot, mine in enumerate(case.ranks.tolist()):
+        ranks.put(slot, mine)
+    return ranks
 
 
 def strided(values: Tensor) -> Tensor:
@@ -80,7 +101,14 @@ def strided(values: Tensor) -> Tensor:
     return wide[:, : values.shape[1]]
 
 
-def make(mixes: list[Mix], dtype: torch.dtype, k: int = 80, widths: tuple[int, ...] = (96, 32, 32)) -> Case:
+def make(
+    mixes: list[Mix],
+    dtype: torch.dtype,
+    k: int = 80,
+    widths: tuple[int, ...] = (96, 32, 32),
+    x: Tensor | None = None,
+    scale: float = 1.0,
+) -> Case:
     """Random weights, NaN above each live rank; x and y are strided, with NaN between their rows."""
     generator = torch.Generator().manual_seed(len(mixes))
     siblings, rank = len(widths), max(max(ranks[: len(widths)]) for ranks in RANKS)
@@ -90,13 +118,14 @@ def make(mixes: list[Mix], dtype: torch.dtype, k: int = 80, widths: tuple[int, .
 
     a, b = normal(SLOTS, siblings, rank, k), normal(SLOTS, rank, sum(widths))
     ranks = torch.tensor([slot[:siblings] for slot in RANKS], dtype=torch.int32, device=DEVICE)
-    x, base = normal(len(mixes), k), normal(len(mixes), sum(widths))
+    drawn, base = normal(len(mixes), k) * scale, normal(len(mixes), sum(widths))
+    x = drawn if x is None else x.to(drawn)
     expected = base.double()
     for row, mix in enumerate(mixes):
         for slot, weight in mix:
             only = torch.tensor([slot], device=DEVICE)
             v = shrink_reference(x[row : row + 1], a, ranks, only)
-            expected[row] += weight * expand_reference(v, b, widths, only)[0]
+            expected[row] += weight / scale * expand_reference(v, b, widths, only)[0]
     column = 0
     for i, width in enumerate(widths):
         for slot in range(SLOTS):
@@ -111,24 +140,22 @@ def route(mixes: list[Mix], height: int) -> TileRouting:
     return route_host(mix_of_row, Mixes.of(different, SLOTS, DEVICE), height)
 
 
+def poisoned(case: Case, routing: TileRouting, splits: int) -> Tensor:
+    """Scratch for the bridge, full of NaN."""
+    size = (splits, routing.mixes.slots.shape[1], routing.rows, case.a.shape[1] * case.a.shape[2])
+    return torch.full(size, float("nan"), device=DEVICE)
+
+
 def grouped(case: Case, routing: TileRouting, splits: int = 1, place: int = 0) -> Tensor:
-    siblings, rank = case.a.shape[1:3]
-    members = routing.mixes.slots.shape[1]
-    v = torch.full((splits, members, routing.rows, siblings * rank), float("nan"), device=DEVICE)
-    itemsize = case.x.dtype.itemsize
-    y = strided(case.base)
-    listed = shrink_blocks(routing.height, itemsize)
-    shrink(case.x, case.a, case.ranks, routing, v, listed[min(place, len(listed) - 1)])
-    listed = expand_blocks(routing.height, itemsize)
-    expand(y, Bridge(v), case.b, case.widths, case.ranks, routing, listed[min(place, len(listed) - 1)])
+    v, y, itemsize = poisoned(case, routing, splits), strided(case.base), case.x.dtype.itemsize
+    shrinks, expands = shrink_blocks(routing.height, itemsize), expand_blocks(routing.height, itemsize)
+    shrink(case.x, case.a, case.ranks, routing, v, shrinks[min(place, len(shrinks) - 1)])
+    expand(y, Bridge(v), case.b, case.widths, case.ranks, routing, expands[min(place, len(expands) - 1)])
     return y
 
 
 def by_row(case: Case, routing: TileRouting, splits: int = 1) -> Tensor:
-    siblings, rank = case.a.shape[1:3]
-    members = routing.mixes.slots.shape[1]
-    v = torch.full((splits, members, routing.rows, siblings * rank), float("nan"), device=DEVICE)
-    y = strided(case.base)
+    v, y = poisoned(case, routing, splits), strided(case.base)
     row_shrink(case.x, case.a, case.ranks, routing, v)
     row_expand(y, Bridge(v), case.b, case.widths, case.ranks, routing)
     return y
@@ -138,13 +165,126 @@ def by_row(case: Case, routing: TileRouting, splits: int = 1) -> Tensor:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_grouped_tiles(batch: str, dtype: torch.dtype) -> None:
     case = make(BATCHES[batch], dtype)
-    y = grouped(case, route(case.mixes, 16))
-    assert case.error(y) < BOUNDS[dtype]
+    assert case.error(grouped(case, route(case.mixes, 16))) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("batch", ["one row", "one row of the base", "uniform 15", "mixes"])
 def test_rows_of_their_own(batch: str, dtype: torch.dtype) -> None:
     case = make(BATCHES[batch], dtype)
-    y = by_row(case, route(case.mixes, 16))
+    assert case.error(by_row(case, route(case.mixes, 16))) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_every_block_size(height: int, place: int, dtype: torch.dtype) -> None:
+    case = make(popular(300, "zipf") + [()] * 3, dtype, k=208, widths=(144, 80))
+    y = grouped(case, route(case.mixes, height), splits=3, place=place)
     assert case.error(y) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("form", [grouped, by_row])
+@pytest.mark.parametrize("splits", [2, 5, 16])
+def test_split_sums_are_right_and_the_same_every_time(form: Form, splits: int) -> None:
+    """Also where there are more splits than blocks of K."""
+    case = make(BATCHES["uniform 15"], torch.float32, k=336)
+    routing = route(case.mixes, 16)
+    y = form(case, routing, splits)
+    assert case.error(y) < BOUNDS[torch.float32]
+    assert torch.equal(y, form(case, routing, splits))
+
+
+@pytest.mark.parametrize("form", [grouped, by_row])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(("k", "widths"), [(77, (33, 15, 9)), (1, (1,)), (129, (31,)), (16, (16, 48, 1))])
+def test_shapes_that_no_block_divides(k: int, widths: tuple[int, ...], dtype: torch.dtype, form: Form) -> None:
+    case = make(BATCHES["skewed 17"][:9], dtype, k=k, widths=widths)
+    assert case.error(form(case, route(case.mixes, 16))) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("batch", ["zipf 63", "mixes"])
+def test_a_product_against_every_slot(batch: str, dtype: torch.dtype) -> None:
+    """What slots hold above their live ranks, NaN here, goes into the product and no further."""
+    case = make(BATCHES[batch], dtype)
+    y, routing = strided(case.base), route(case.mixes, 16)
+    bridge = all_slots(case.x, case.a)
+    expand(y, bridge, case.b, case.widths, case.ranks, routing, expand_blocks(16, dtype.itemsize)[0])
+    assert case.error(y) < BOUNDS[dtype]
+    y = strided(case.base)
+    row_expand(y, bridge, case.b, case.widths, case.ranks, routing)
+    assert case.error(y) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("batch", ["zipf 63", "mixes", "one row"])
+def test_a_base_with_adapters_folded_in(batch: str, dtype: torch.dtype) -> None:
+    case = make(BATCHES[batch], dtype)
+    weight = torch.randn(sum(case.widths), case.x.shape[1], generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(sum(case.widths), generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    base = fold(weight.to(DEVICE, dtype), bias, *case.a.shape[:3])
+    base.a.copy_(case.a)
+    routing = route(case.mixes, 16)
+    y = folded(case.x.contiguous(), base, case.b, case.widths, live(case), routing, Plan())
+    expected = case.x.double() @ base.weight.double().t() + bias.double() + case.expected - case.base.double()
+    # Base and bridge leave the one product rounded: two roundings more than elsewhere.
+    assert (y.double() - expected).norm() / expected.norm() < 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_an_embedding_looks_its_rows_up(dtype: torch.dtype) -> None:
+    case = make(BATCHES["mixes"], dtype, k=50, widths=(96,))
+    tokens = torch.randint(0, 50, (len(case.mixes),), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    a = case.a[:, 0].mT.contiguous()  # [S, V, R]
+    # Looking a token up is multiplying with its unit vector.
+    same = make(BATCHES["mixes"], dtype, k=50, widths=(96,), x=torch.eye(50)[tokens.cpu()])
+    y, routing = strided(same.base), route(same.mixes, 16)
+    expand(y, looked_up(tokens, a, routing), same.b, [96], same.ranks, routing, expand_blocks(16, dtype.itemsize)[0])
+    assert same.error(y) < BOUNDS[dtype]
+    y = strided(same.base)
+    embedding_lora(y, tokens, a, same.b, live(same), routing, Plan())
+    assert same.error(y) < 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("regime", Regime)
+def test_a_launch_carries_out_each_regime(regime: Regime) -> None:
+    case = make(BATCHES["mixes"], torch.bfloat16)
+    y = strided(case.base)
+    launch = Launch(regime, 2, 0, 1)
+    carry_out(launch, y, case.x, case.a, case.b, case.widths, case.ranks, route(case.mixes, 16))
+    assert case.error(y) < BOUNDS[torch.bfloat16]
+
+
+def test_the_defaults_are_carried_out() -> None:
+    case = make(BATCHES["base among them"], torch.float32)
+    y = strided(case.base)
+    run(y, case.x, case.a, case.b, case.widths, live(case), route(case.mixes, 16), Plan())
+    assert case.error(y) < BOUNDS[torch.float32]
+
+
+def test_a_routing_made_on_the_device_is_as_good() -> None:
+    """With room for more mixes than there are, as a CUDA graph has it."""
+    case = make(BATCHES["mixes"], torch.float32)
+    mix_of_row, different = number_mixes(case.mixes)
+    mixes = Mixes.of(different, SLOTS, DEVICE, capacity=12, members=4)
+    routing = route_device(torch.tensor(mix_of_row, dtype=torch.int32, device=DEVICE), mixes, 16)
+    assert case.error(grouped(case, routing)) < BOUNDS[torch.float32]
+    assert case.error(by_row(case, routing)) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("form", [grouped, by_row])
+def test_a_row_of_nan_stays_alone(form: Form) -> None:
+    case = make(BATCHES["identical 33"][:9], torch.bfloat16)
+    case.x[4] = float("nan")
+    y = form(case, route(case.mixes, 16))
+    assert y[4].isnan().all()
+    assert torch.isfinite(y[torch.arange(9, device=DEVICE) != 4]).all()
+
+
+@pytest.mark.parametrize("form", [grouped, by_row])
+def test_a_bridge_beyond_float16_is_no_overflow(form: Form) -> None:
+    """v reaches millions here; the answer is small enough again."""
+    case = make(BATCHES["uniform 15"], torch.float16, scale=2.0**12)
+    case.b.mul_(2.0**-12)
+    assert case.error(form(case, route(case.mixes, 16))) < BOUNDS[torch.float16]
