@@ -79,6 +79,7 @@ def main(part: int, parts: int) -> None:
             "types": [kind for kind in variant.signature.values() if kind.startswith("*")][:3],
             "constants": dict(variant.constants),
             "aligned": variant.aligned,
+            "warps": variant.warps,
             "target": f"{target.backend} {target.arch}",
             "shared": program.metadata.shared,
             "spills": spills(program, target),

@@ -55,7 +55,7 @@ BATCHES: dict[str, list[Mix]] = {
     "one row of the base": [()],
     **{f"{kind} {rows}": popular(rows, kind) for kind, rows in [("uniform", 15), ("zipf", 63), ("skewed", 17)]},
     **{f"{kind} 33": popular(33, kind) for kind in ("identical", "distinct")},
-    "mixes": MIXED * 3,
+    "mixes": MIXED * 2,
     "base among them": popular(20, "zipf") + [()] * 20 + popular(3, "uniform"),
 }
 
@@ -175,9 +175,11 @@ def test_rows_of_their_own(batch: str, dtype: torch.dtype) -> None:
     assert case.error(by_row(case, route(case.mixes, 16))) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("place", [0, 1])
-@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize(
+    ("dtype", "height", "place"),
+    [(d, h, p) for d in BOUNDS for h in HEIGHTS for p in range(len(shrink_blocks(h, d.itemsize)))],
+    ids=str,
+)
 def test_every_block_size(height: int, place: int, dtype: torch.dtype) -> None:
     case = make(popular(300, "zipf") + [()] * 3, dtype, k=208, widths=(144, 80))
     y = grouped(case, route(case.mixes, height), splits=3, place=place)
@@ -185,10 +187,10 @@ def test_every_block_size(height: int, place: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", [grouped, by_row])
-@pytest.mark.parametrize("splits", [2, 5, 16])
+@pytest.mark.parametrize("splits", [2, 4])
 def test_split_sums_are_right_and_the_same_every_time(form: Form, splits: int) -> None:
     """Also where there are more splits than blocks of K."""
-    case = make(BATCHES["uniform 15"], torch.float32, k=336)
+    case = make(BATCHES["uniform 15"][:4], torch.float32, k=300)
     routing = route(case.mixes, 16)
     y = form(case, routing, splits)
     assert case.error(y) < BOUNDS[torch.float32]
@@ -284,7 +286,8 @@ def test_a_row_of_nan_stays_alone(form: Form) -> None:
 
 @pytest.mark.parametrize("form", [grouped, by_row])
 def test_a_bridge_beyond_float16_is_no_overflow(form: Form) -> None:
-    """v reaches millions here; the answer is small enough again."""
+    """v passes 65504 here; the answer is small again."""
     case = make(BATCHES["uniform 15"], torch.float16, scale=2.0**12)
     case.b.mul_(2.0**-12)
+    assert (case.x.double() @ case.a[0, 0, :64].double().t()).abs().max() > torch.finfo(torch.float16).max
     assert case.error(form(case, route(case.mixes, 16))) < BOUNDS[torch.float16]
