@@ -26,7 +26,7 @@ from torch import Tensor
 
 from loramill.kernels.blocks import HEIGHTS, Blocks, expand_blocks, plain_expand
 from loramill.kernels.bridge import Bridge
-from loramill.kernels.jit import DTYPES, Variant, dot, kernel, variants
+from loramill.kernels.jit import DTYPES, Variant, dot, kernel, rounded, variants
 from loramill.kernels.routing import TileRouting
 
 
@@ -81,9 +81,9 @@ def _expand(  # type: ignore[no-untyped-def]
             if weights.dtype == tl.float32:
                 total = dot(vs, weights, total)
             elif weights.dtype == tl.bfloat16:
-                near = vs.to(tl.bfloat16)
+                near = rounded(vs, tl.bfloat16)
                 total = dot(near, weights, total)
-                total = dot((vs - near.to(tl.float32)).to(tl.bfloat16), weights, total)
+                total = dot(rounded(vs - near.to(tl.float32), tl.bfloat16), weights, total)
             else:
                 # float16 has the digits and not the range: each row is brought to at most 1 first.
                 largest = tl.max(tl.abs(vs), 1)
@@ -98,7 +98,7 @@ def _expand(  # type: ignore[no-untyped-def]
     y_at = y + rows[:, None] * y_row + n[None, :]
     keep = keep_m[:, None] & keep_n[None, :]
     base = tl.load(y_at, mask=keep, other=0.0).to(tl.float32)
-    tl.store(y_at, (base + total).to(y.dtype.element_ty), mask=keep)
+    tl.store(y_at, rounded(base + total, y.dtype.element_ty), mask=keep)
 
 
 EXPAND = kernel(

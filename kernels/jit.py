@@ -39,6 +39,15 @@ def dot(left, right, total):  # type: ignore[no-untyped-def]
     return tl.dot(left, right, total, input_precision="ieee")
 
 
+@triton.jit
+def rounded(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 to `dtype`, to the nearest and ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts bfloat16 off; devices round it
+        bits = value.to(tl.int32, bitcast=True)
+        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
 @dataclass(slots=True, frozen=True)
 class Kernel:
     """A kernel and its arguments: tensors and strides that the aligned form is told about, and the rest."""

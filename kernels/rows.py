@@ -19,7 +19,7 @@ from loramill.kernels.blocks import (
 )
 from loramill.kernels.bridge import Bridge
 from loramill.kernels.expand import columns_of, expand_strides
-from loramill.kernels.jit import DTYPES, Variant, kernel, variants
+from loramill.kernels.jit import DTYPES, Variant, kernel, rounded, variants
 from loramill.kernels.routing import TileRouting
 
 
@@ -93,7 +93,7 @@ def _row_expand(  # type: ignore[no-untyped-def]
         return
     y_at = y + row * y_row + n
     base = tl.load(y_at, mask=keep_n, other=0.0).to(tl.float32)
-    tl.store(y_at, (base + tl.sum(products, 0)).to(y.dtype.element_ty), mask=keep_n)
+    tl.store(y_at, rounded(base + tl.sum(products, 0), y.dtype.element_ty), mask=keep_n)
 
 
 ROW_SHRINK_KERNEL = kernel(

@@ -25,8 +25,9 @@ from loramill.kernels.rows import row_expand, row_shrink
 from loramill.kernels.shrink import shrink, shrink_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BOUNDS = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
-"""||out - ref|| / ||ref||: about one rounding of the output, and sums in float32."""
+BOUNDS = {torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
+"""||out - ref|| / ||ref||: sums in float32 and one rounding of the output, which alone is 2.1e-4 and 1.7e-3; a second
+rounding passes neither."""
 SLOTS = 5
 RANKS = [[64, 64, 64], [8, 8, 8], [1, 3, 40], [0, 16, 0], [128, 5, 0]]
 """Live rank of each sibling in each slot: 1 to 128, mixed within a batch."""
@@ -291,3 +292,20 @@ def test_a_bridge_beyond_float16_is_no_overflow(form: Form) -> None:
     case.b.mul_(2.0**-12)
     assert (case.x.double() @ case.a[0, 0, :64].double().t()).abs().max() > torch.finfo(torch.float16).max
     assert case.error(form(case, route(case.mixes, 16))) < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("form", [grouped, by_row])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_the_bridge_keeps_more_digits_than_its_dtype(dtype: torch.dtype, form: Form) -> None:
+    """Two columns of the bridge near 1000 that differ by about 1, and a B that subtracts them."""
+    case = make([of(1)] * 3, dtype, k=64, widths=(16,))
+    case.x.copy_(torch.arange(1, 65) % 7)
+    case.a[1, 0, :8] = 0
+    case.a[1, 0, :2] = 5
+    case.a[1, 0, 1, :3] = 5.25
+    case.b[1, :8] = 0
+    case.b[1, 0], case.b[1, 1] = -1, 1
+    case.base.zero_()
+    difference = case.x[:, :3].double().sum(1) * 0.25
+    case.expected.copy_(difference[:, None].expand(3, 16))
+    assert case.error(form(case, route(case.mixes, 16))) < 0.01
