@@ -110,7 +110,7 @@ EXPAND = kernel(
 
 def expand(
     y: Tensor, bridge: Bridge, b: Tensor, widths: Sequence[int], ranks: Tensor, routing: TileRouting, blocks: Blocks
-):
+) -> None:
     """Add each routed row's delta to `y` in place; shapes are at the head."""
     wide = expand_strides(y, bridge, b, widths)
     blocks = EXPAND.choose(wide, blocks, expand_blocks(routing.height, b.dtype.itemsize), plain_expand(routing.height))

@@ -117,8 +117,16 @@ def route_host(mix_of_row: Sequence[int], mixes: Mixes, height: int) -> TileRout
     def on_device(numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=mixes.slots.device)
 
-    arrays = (mix_of_row, tiles.order, tiles.mix, tiles.start, tiles.rows)
-    return TileRouting(height, mixes, *map(on_device, arrays), alone=alone)
+    return TileRouting(
+        height,
+        mixes,
+        on_device(mix_of_row),
+        on_device(tiles.order),
+        on_device(tiles.mix),
+        on_device(tiles.start),
+        on_device(tiles.rows),
+        alone,
+    )
 
 
 def route_device(mix_of_row: Tensor, mixes: Mixes, height: int) -> TileRouting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -148,3 +150,10 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], names: str) -> None:
 def test_ranks_that_do_not_fit_are_named(slot: int, ranks: list[int], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         LiveRanks(2, 1, CPU).put(slot, ranks)
+
+
+def test_the_operators_are_there_without_triton() -> None:
+    """As off Linux, where no triton is installed."""
+    modules = ", ".join(f"loramill.kernels.{name}" for name in ("multi_lora", "embedding", "routing", "plan", "tune"))
+    code = f"import sys; sys.modules['triton'] = None; import {modules}"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +27,7 @@ from loramill.kernels.plan import (
     save_plan,
     tile_height,
 )
+from loramill.kernels.tune import candidates, parse_shape
 
 DEVICE = ("NVIDIA H200", "3.6.0")
 SHAPE = Shape(16, 64, 16, 4096, 6144, "bfloat16")
@@ -131,3 +135,27 @@ def test_a_named_file_for_another_device_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LORAMILL_KERNEL_PLAN", str(path))
     with pytest.raises(ValueError, match=r"is for NVIDIA H200 with Triton 3\.6\.0, not NVIDIA H200 with Triton 3\.7"):
         load_plan("NVIDIA H200", "3.7.0")
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_what_is_measured_is_what_a_plan_may_say(height: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(height, 64, 16, 4096, 6144, "bfloat16")
+    entries = [Entry(shape, launch) for launch in candidates(shape)]
+    assert {entry.launch.regime for entry in entries} >= {Regime.GROUPED, Regime.ALL_SLOTS}
+    path = tmp_path / "plan.json"
+    save_plan(path, *DEVICE, entries)
+    monkeypatch.setenv("LORAMILL_KERNEL_PLAN", str(path))
+    assert load_plan(*DEVICE).entries == tuple(entries)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to be measured")
+def test_tuning_without_a_device_says_so() -> None:
+    done = subprocess.run([sys.executable, "-m", "loramill.kernels.tune"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "tune: no CUDA device is here to be measured\n"
+
+
+@pytest.mark.parametrize("shape", ["4096", "0:1", "8:1,1,1,1,1", "8:-1", "x:1"])
+def test_a_shape_that_is_none_is_refused(shape: str) -> None:
+    with pytest.raises(ValueError, match=r"shape is K|invalid literal"):
+        parse_shape(shape)

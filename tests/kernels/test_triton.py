@@ -82,7 +82,9 @@ class Case:
         for row, mix in enumerate(self.mixes):
             for slot, _ in mix:
                 untouched[row] &= ranks[slot] == 0
-        assert torch.equal(y[untouched], self.base[untouched]), "what no adapter touches must stay bit for bit"
+        bits = {2: torch.int16, 4: torch.int32}[y.dtype.itemsize]
+        same = y.contiguous().view(bits) == self.base.view(bits)
+        assert same[untouched].all(), "what no adapter touches must stay bit for bit, and its zeros negative"
         between = y.as_strided((y.shape[0], y.stride(0)), (y.stride(0), 1))[:, y.shape[1] :]
         assert torch.isnan(between).all(), "nothing is written between rows"
         return float((y.double() - self.expected).norm() / self.expected.norm())
@@ -121,6 +123,7 @@ def make(
     ranks = torch.tensor([slot[:siblings] for slot in RANKS], dtype=torch.int32, device=DEVICE)
     drawn, base = normal(len(mixes), k) * scale, normal(len(mixes), sum(widths))
     x = drawn if x is None else x.to(drawn)
+    base[:, ::3] = -0.0  # which adding nothing would turn positive
     expected = base.double()
     for row, mix in enumerate(mixes):
         for slot, weight in mix:
@@ -137,8 +140,13 @@ def make(
 
 
 def route(mixes: list[Mix], height: int) -> TileRouting:
+    """A routing by a table before which another mix stands, where a base row's -1 would find it."""
     mix_of_row, different = number_mixes(mixes)
-    return route_host(mix_of_row, Mixes.of(different, SLOTS, DEVICE), height)
+    table = Mixes.of(different, SLOTS, DEVICE)
+    slots, weights, members = (
+        torch.cat([one.new_ones(1, *one.shape[1:]), one])[1:] for one in (table.slots, table.weights, table.members)
+    )
+    return route_host(mix_of_row, Mixes(slots, weights, members, table.single), height)
 
 
 def poisoned(case: Case, routing: TileRouting, splits: int) -> Tensor:
@@ -202,7 +210,7 @@ def test_split_sums_are_right_and_the_same_every_time(form: Form, splits: int) -
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(("k", "widths"), [(77, (33, 15, 9)), (1, (1,)), (129, (31,)), (16, (16, 48, 1))])
 def test_shapes_that_no_block_divides(k: int, widths: tuple[int, ...], dtype: torch.dtype, form: Form) -> None:
-    case = make(BATCHES["skewed 17"][:9], dtype, k=k, widths=widths)
+    case = make([*BATCHES["distinct 33"][:6], (), of(3)], dtype, k=k, widths=widths)
     assert case.error(form(case, route(case.mixes, 16))) < BOUNDS[dtype]
 
 
@@ -309,3 +317,19 @@ def test_the_bridge_keeps_more_digits_than_its_dtype(dtype: torch.dtype, form: F
     difference = case.x[:, :3].double().sum(1) * 0.25
     case.expected.copy_(difference[:, None].expand(3, 16))
     assert case.error(form(case, route(case.mixes, 16))) < 0.01
+
+
+@pytest.mark.parametrize("rows_alone", [False, True])
+def test_no_rank_is_computed_that_no_adapter_has(rows_alone: bool) -> None:
+    """A rank of 8 does not pay for its neighbour's 64: above the live ranks, nothing is written into the bridge."""
+    case = make(BATCHES["uniform 15"], torch.float32)
+    case.a.nan_to_num_(1.0)
+    routing = route(case.mixes, 16)
+    v = poisoned(case, routing, 2)
+    if rows_alone:
+        row_shrink(case.x, case.a, case.ranks, routing, v)
+    else:
+        shrink(case.x, case.a, case.ranks, routing, v, shrink_blocks(16, 4)[0])
+    slots = torch.tensor([mix[0][0] for mix in case.mixes], device=DEVICE)
+    used = torch.arange(case.a.shape[2], device=DEVICE) < case.ranks[slots][..., None]
+    assert torch.equal(~v.isnan(), used.view(1, 1, len(slots), -1).expand_as(v))
