@@ -18,7 +18,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from loramill.kernels.blocks import HEIGHTS, PLAIN_SHRINK, Blocks, shrink_blocks
+from loramill.kernels.blocks import HEIGHTS, Blocks, plain_shrink, shrink_blocks
 from loramill.kernels.jit import DTYPES, Variant, dot, kernel, variants
 from loramill.kernels.routing import TileRouting
 
@@ -73,7 +73,7 @@ def shrink(x: Tensor, a: Tensor, ranks: Tensor, routing: TileRouting, v: Tensor,
     splits, members = v.shape[:2]
     wide = {"x": x, "a": a, "v": v, "k_size": k_size, "x_row": x.stride(0)}
     wide |= {"v_row": v.stride(2), "v_member": v.stride(1), "v_split": v.stride(0)}
-    blocks = SHRINK.choose(wide, blocks, shrink_blocks(routing.height, x.dtype.itemsize), PLAIN_SHRINK)
+    blocks = SHRINK.choose(wide, blocks, shrink_blocks(routing.height, x.dtype.itemsize), plain_shrink(routing.height))
     n_blocks = -(-siblings * rank // blocks.n)
     k_blocks = -(-k_size // blocks.k)
     SHRINK.launch(
@@ -104,7 +104,7 @@ def shrink_variants(hip: bool) -> Iterator[Variant]:
         for height in HEIGHTS:
             listed = shrink_blocks(height, dtype.itemsize)
             pointers = {"x": name, "a": name, "v": "fp32"}
-            yield from variants(SHRINK, pointers, listed, PLAIN_SHRINK, hip, BLOCK_M=height)
+            yield from variants(SHRINK, pointers, listed, plain_shrink(height), hip, BLOCK_M=height)
 
 
 def shrink_reference(x: Tensor, a: Tensor, ranks: Tensor, slots: Tensor) -> Tensor:
