@@ -2,11 +2,11 @@
 
 Semantics, for row t of adapter slot s and sibling projections i that read the same input:
 
-    y[t, columns of i] += B[i][s].T @ (A[s, i] @ x[t])        rows outside every segment stay as they are
+    y[t, columns of i] += B[s][:, columns of i].T @ (A[s, i] @ x[t])        rows outside every segment stay as they are
 
-Shapes: x [T, K], y [T, N] with N the sum of the widths, A [S, siblings, R, K], B[i] [S, R, width_i]. A and B are zero
-beyond an adapter's own rank, and the adapter's scale is folded into B. Formula: LoRA (2106.09685); batching many
-adapters by segments: Punica (2310.18547).
+Shapes: x [T, K], y [T, N] with N the sum of the widths, A [S, siblings, R, K], B [S, R, N] whose columns are the
+siblings' side by side. A and B are zero beyond an adapter's own rank (only the forms below read them there), and the
+adapter's scale is folded into B. Formula: LoRA (2106.09685); batching many adapters by segments: Punica (2310.18547).
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loramill.kernels.check import LiveRanks, check_operands
+from loramill.kernels.plan import Plan
+from loramill.kernels.routing import TileRouting
 from loramill.kernels.segments import Segment, tiles_of
+from loramill.kernels.torch_forms import multi_lora_torch
 
 SEGMENT_ROWS = 48
 """Mean rows per segment from which a GEMM per segment beats padded tiles.
@@ -25,6 +29,9 @@ Measured on two AVX512-BF16 cores, bfloat16, K and N of a 100M-parameter Qwen2, 
 qkv projection; all-slots is one GEMM against every slot's A, masked, then one against every B):
 128 rows: tiles of 16 379, all-slots 716, segments 875; 1024 rows: 1710, 5069, 1491; 4096 rows: 13005, 19560, 4006.
 """
+
+SINGLE_ROWS = 64
+"""Rows from which one adapter alone on a device is plain products: below, they would be more launches. Not measured."""
 
 SMALL_TILE, TILE = 8, 16
 """Tile heights: the small one where segments average under 16 rows (103 rows over 8 Zipf slots: equal but for
@@ -56,51 +63,86 @@ class Routing:
 
 
 def multi_lora(
-    y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], ranks: Sequence[Sequence[int]], routing: Routing
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    widths: Sequence[int],
+    ranks: LiveRanks,
+    routing: Routing | TileRouting,
+    plan: Plan | None = None,
 ) -> None:
     """Add each routed row's adapter delta to `y` in place; shapes and formula at the head of this module.
 
-    `ranks[slot][i]` is the live rank of sibling `i` in a slot, 0 where the adapter leaves it alone.
+    `widths` are the siblings' columns of `y` and `b`, side by side. `ranks` holds the live rank of each sibling in a
+    slot, 0 where the adapter leaves it alone. A device takes a TileRouting, and `plan` instead of its own if given; a
+    CPU takes either routing, the plain one being the faster and a TileRouting the one with mixes.
 
     Raises:
-        ValueError: a shape or dtype does not fit; the message names it.
+        ValueError: a shape, dtype, device or stride does not fit; the message names it.
     """
-    _check(y, x, a, b)
+    check_operands(y, x, a, b, ranks, widths, routing.rows if isinstance(routing, TileRouting) else x.shape[0])
+    if isinstance(routing, TileRouting):
+        _by_tiles(y, x, a, b, widths, ranks, routing, plan)
+        return
+    if y.device.type != "cpu":
+        raise ValueError(f"routing must be a TileRouting for tensors on {y.device}")
     live = [s for s in routing.segments if any(ranks[s.slot])]
     if not live:
         return
     if routing.by_segment:
         for segment in live:
-            _one_segment(y, x, a, b, ranks[segment.slot], segment)
+            _one_segment(y, x, a, b, widths, ranks[segment.slot], segment)
     else:
         rank = max(max(ranks[s.slot]) for s in live)
-        _tiled(y, x, a[:, :, :rank], [part[:, :rank] for part in b], routing)
+        _tiled(y, x, a[:, :, :rank], b[:, :rank], widths, routing)
 
 
-def _one_segment(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], ranks: Sequence[int], segment: Segment) -> None:
+def _by_tiles(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    widths: Sequence[int],
+    ranks: LiveRanks,
+    routing: TileRouting,
+    plan: Plan | None,
+) -> None:
+    if not y.is_cuda:
+        multi_lora_torch(y, x, a, b, widths, ranks, routing)
+    elif routing.alone is not None and routing.rows >= SINGLE_ROWS:
+        _one_segment(y, x, a, b, widths, ranks[routing.alone], Segment(0, routing.rows, routing.alone))
+    else:
+        from loramill.kernels.on_device import plan_of, run
+
+        run(y, x, a, b, widths, ranks, routing, plan_of(y.device) if plan is None else plan)
+
+
+def _one_segment(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, widths: Sequence[int], ranks: Sequence[int], segment: Segment
+) -> None:
     start, end, slot = segment
     # One shrink for all siblings, at the largest live rank among them: rank 8 never pays for a neighbour's 64.
     rank = max(ranks)
     shrunk = x[start:end] @ a[slot, :, :rank].reshape(-1, a.shape[-1]).t()
     column = 0
-    for i, part in enumerate(b):
-        width = part.shape[-1]
+    for i, width in enumerate(widths):
         if ranks[i]:
             v = shrunk[:, i * rank : i * rank + ranks[i]]
-            y[start:end, column : column + width].addmm_(v, part[slot, : ranks[i]])
+            y[start:end, column : column + width].addmm_(v, b[slot, : ranks[i], column : column + width])
         column += width
 
 
-def _tiled(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], routing: Routing) -> None:
+def _tiled(y: Tensor, x: Tensor, a: Tensor, b: Tensor, widths: Sequence[int], routing: Routing) -> None:
     siblings, rank, k = a.shape[1:]
     tiles = x.index_select(0, routing.gather).view(-1, routing.height, k)
     a_of_tile = _of_tiles(a, routing).reshape(-1, siblings * rank, k)
     shrunk = torch.bmm(tiles, a_of_tile.transpose(1, 2))
+    b_of_tile = _of_tiles(b, routing)
     column = 0
-    for i, part in enumerate(b):
-        width = part.shape[-1]
+    for i, width in enumerate(widths):
         v = shrunk[:, :, i * rank : (i + 1) * rank]
-        delta = torch.bmm(v, _of_tiles(part, routing)).view(-1, width)
+        delta = torch.bmm(v, b_of_tile[:, :, column : column + width]).view(-1, width)
         delta = delta.index_select(0, routing.places)
         if routing.span is not None:
             y[routing.span, column : column + width] += delta
@@ -115,26 +157,15 @@ def _of_tiles(weights: Tensor, routing: Routing) -> Tensor:
     return weights[slots] if isinstance(slots, slice) else weights.index_select(0, slots)
 
 
-def multi_lora_reference(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], segments: Sequence[Segment]) -> None:
+def multi_lora_reference(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, widths: Sequence[int], segments: Sequence[Segment]
+) -> None:
     """The formula, written out row by row in float64: what the other forms are tested against."""
     for start, end, slot in segments:
         for row in range(start, end):
             column = 0
-            for i, part in enumerate(b):
-                delta = part[slot].double().t() @ (a[slot, i].double() @ x[row].double())
-                y[row, column : column + part.shape[-1]] += delta.to(y.dtype)
-                column += part.shape[-1]
-
-
-def _check(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor]) -> None:
-    if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"x [T, K] and y [T, N] must have the same rows, not {tuple(x.shape)} and {tuple(y.shape)}")
-    if a.ndim != 4 or a.shape[1] != len(b) or a.shape[3] != x.shape[1]:
-        raise ValueError(f"a must be [S, {len(b)}, R, {x.shape[1]}], not {tuple(a.shape)}")
-    if any(part.shape[:2] != (a.shape[0], a.shape[2]) for part in b) or sum(p.shape[2] for p in b) != y.shape[1]:
-        raise ValueError(
-            f"b must be [S, R, width] parts with S={a.shape[0]}, R={a.shape[2]} and widths that add up to "
-            f"{y.shape[1]}, not {[tuple(p.shape) for p in b]}"
-        )
-    if len({y.dtype, x.dtype, a.dtype, *(p.dtype for p in b)}) != 1:
-        raise ValueError(f"x, y, a and b must share one dtype, not {x.dtype}, {y.dtype}, {a.dtype}, {b[0].dtype}")
+            for i, width in enumerate(widths):
+                part = b[slot, :, column : column + width]
+                delta = part.double().t() @ (a[slot, i].double() @ x[row].double())
+                y[row, column : column + width] += delta.to(y.dtype)
+                column += width

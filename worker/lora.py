@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loramill.kernels.check import LiveRanks
 from loramill.kernels.multi_lora import multi_lora
 from loramill.worker.batch import Batch, current
 
@@ -45,8 +46,8 @@ class FusedLinear:
         self.weight = weight if packed is None else torch.empty_like(weight, device="meta")
         self._device = weight.device
         self.a: Tensor | None = None
-        self.b: list[Tensor] = []
-        self.ranks = [[0] * len(names) for _ in range(slots)]
+        self.b: Tensor | None = None
+        self.ranks = LiveRanks(slots, len(names), weight.device)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._readers = 0
@@ -66,9 +67,10 @@ class FusedLinear:
     def _forward(self, x: Tensor) -> Tensor:
         y = self._linear(x)
         batch = current()
-        if self.a is not None and isinstance(batch, Batch):
+        if self.a is not None and self.b is not None and isinstance(batch, Batch):
             routing = batch.output_routing if self.is_head else batch.routing
-            multi_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.a, self.b, self.ranks, routing)
+            rows, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            multi_lora(outputs, rows, self.a, self.b, self.widths, self.ranks, routing)
         return y
 
     def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
@@ -77,15 +79,15 @@ class FusedLinear:
         largest = max((d.a.shape[0] for d in mine if d), default=0)
         if largest:
             self._make_room(largest)
-        if self.a is None:
+        if self.a is None or self.b is None:
             return
         self.a[slot].zero_()
-        for i, delta in enumerate(mine):
-            self.b[i][slot].zero_()
-            self.ranks[slot][i] = delta.a.shape[0] if delta else 0
+        self.b[slot].zero_()
+        self.ranks.put(slot, [delta.a.shape[0] if delta else 0 for delta in mine])
+        for i, (delta, columns) in enumerate(zip(mine, self.b[slot].split(self.widths, 1), strict=True)):
             if delta:
                 self.a[slot, i, : delta.a.shape[0]] = delta.a.to(self.a)
-                self.b[i][slot, : delta.a.shape[0]] = delta.b.t().to(self.b[i])
+                columns[: delta.a.shape[0]] = delta.b.t().to(self.b)
 
     def _make_room(self, rank: int) -> None:
         held = 0 if self.a is None else self.a.shape[2]
@@ -96,11 +98,10 @@ class FusedLinear:
             return torch.zeros(shape, dtype=self.weight.dtype, device=self._device)
 
         a = zeros(self._slots, len(self.names), rank, self.weight.shape[1])
-        b = [zeros(self._slots, rank, width) for width in self.widths]
-        if self.a is not None:
+        b = zeros(self._slots, rank, sum(self.widths))
+        if self.a is not None and self.b is not None:
             a[:, :, :held] = self.a
-            for new, old in zip(b, self.b, strict=True):
-                new[:, :held] = old
+            b[:, :held] = self.b
         self.a, self.b = a, b
 
 

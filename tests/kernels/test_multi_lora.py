@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from loramill.kernels.check import LiveRanks
+from loramill.kernels.mixes import number_mixes
 from loramill.kernels.multi_lora import Routing, multi_lora, multi_lora_reference
-from loramill.kernels.segments import BASE_SLOT, segments_of
+from loramill.kernels.routing import Mixes, route_host
+from loramill.kernels.segments import BASE_SLOT, Segment, segments_of
 
 CPU = torch.device("cpu")
 SLOTS, RANK, K = 6, 24, 40
@@ -27,7 +34,7 @@ RANKS = [[24, 24, 24], [8, 8, 8], [1, 3, 24], [0, 16, 0], [0, 0, 0], [5, 0, 2]]
 """Rank of each sibling in each slot: mixed, partly untouched, and one slot that touches none."""
 
 
-def weights(widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def weights(widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     a = torch.randn(SLOTS, len(widths), RANK, K, generator=generator)
     b = [torch.randn(SLOTS, RANK, width, generator=generator) for width in widths]
@@ -35,7 +42,14 @@ def weights(widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, list[T
         for i in range(len(widths)):
             a[slot, i, RANKS[slot][i] :] = 0
             b[i][slot, RANKS[slot][i] :] = 0
-    return a.to(dtype), [part.to(dtype) for part in b]
+    return a.to(dtype), torch.cat(b, 2).to(dtype)
+
+
+def live(ranks: list[list[int]]) -> LiveRanks:
+    held = LiveRanks(len(ranks), len(ranks[0]), CPU)
+    for slot, mine in enumerate(ranks):
+        held.put(slot, mine)
+    return held
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -48,7 +62,7 @@ def test_every_form_equals_the_formula(mix: list[tuple[int, int]], widths: tuple
     base = torch.randn(rows, sum(widths), generator=torch.Generator().manual_seed(5)).to(dtype)
     segments = segments_of(mix)
     expected = base.double()
-    multi_lora_reference(expected, x, a, b, segments)
+    multi_lora_reference(expected, x, a, b, widths, segments)
     ranks = [slot[: len(widths)] for slot in RANKS]
     for by_segment in (True, False):
         routing = Routing(segments, CPU)
@@ -56,7 +70,7 @@ def test_every_form_equals_the_formula(mix: list[tuple[int, int]], widths: tuple
             continue  # a mix of long segments has no tiles made for it
         routing.by_segment = by_segment
         y = base.clone()
-        multi_lora(y, x, a, b, ranks, routing)
+        multi_lora(y, x, a, b, widths, live(ranks), routing)
         error = (y.double() - expected).norm() / expected.norm()
         assert error < BOUNDS[dtype]
         untouched = torch.ones(rows, dtype=torch.bool)
@@ -78,23 +92,68 @@ def test_a_row_of_nan_stays_alone() -> None:
     x = torch.ones(34, K)
     x[3] = float("nan")
     y = torch.zeros(34, 32)
-    multi_lora(y, x, a, b, [[24]] * SLOTS, Routing(segments_of([(0, 17), (1, 17)]), CPU))
+    multi_lora(y, x, a, b, [32], live([[24]] * SLOTS), Routing(segments_of([(0, 17), (1, 17)]), CPU))
     assert y[3].isnan().all()
     assert torch.isfinite(y[torch.arange(34) != 3]).all()
+
+
+def test_a_cpu_routes_mixes_by_tiles() -> None:
+    a, b = weights((24, 8, 8), torch.float32)
+    mixes = [((0, 1.0),), (), ((1, 0.5), (2, -2.0)), ((4, 1.0),), ((1, 0.5), (2, -2.0))]
+    x, base = torch.randn(5, K), torch.randn(5, 40)
+    expected = base.double()
+    for row, mix in enumerate(mixes):
+        for slot, weight in mix:
+            delta = torch.zeros(1, 40, dtype=torch.float64)
+            multi_lora_reference(delta, x[row : row + 1], a, b, (24, 8, 8), [Segment(0, 1, slot)])
+            expected[row] += weight * delta[0]
+    mix_of_row, different = number_mixes(mixes)
+    y = base.clone()
+    multi_lora(y, x, a, b, (24, 8, 8), live(RANKS), route_host(mix_of_row, Mixes.of(different, SLOTS, CPU), 16))
+    assert (y.double() - expected).norm() / expected.norm() < 1e-6
+    assert torch.equal(y[[1, 3]], base[[1, 3]])
 
 
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"x": torch.zeros(4, K + 1)}, "a must be"),
-        ({"x": torch.zeros(3, K)}, "same rows"),
-        ({"y": torch.zeros(4, 31)}, "add up to 31"),
-        ({"a": torch.zeros(SLOTS, 2, RANK, K)}, "a must be"),
-        ({"x": torch.zeros(4, K, dtype=torch.float64)}, "one dtype"),
+        ({"x": torch.zeros(4, K + 1)}, r"x must be \[4, 40\]"),
+        ({"x": torch.zeros(3, K)}, r"y must be \[3, 32\]"),
+        ({"x": torch.zeros(K, 4).t()}, "x must be a matrix whose last dimension is contiguous"),
+        ({"x": torch.zeros(4, K, dtype=torch.float64)}, "x must be torch.float32"),
+        ({"x": torch.zeros(4, K, device="meta")}, "x must be on cpu"),
+        ({"y": torch.zeros(4, 31)}, r"y must be \[4, 32\]"),
+        ({"y": torch.zeros(4, 32, dtype=torch.float16)}, "y must be torch.float32"),
+        ({"a": torch.zeros(SLOTS, 5, RANK, K)}, "a must be"),
+        ({"a": torch.zeros(SLOTS, 1, K, RANK).mT}, "a must be contiguous"),
+        ({"a": torch.zeros(SLOTS, 2, RANK, K)}, "widths must be 2"),
+        ({"b": torch.zeros(SLOTS, RANK - 1, 32)}, "b must be"),
+        ({"b": torch.zeros(SLOTS, RANK, 64)[:, :, :32]}, "b must be contiguous"),
+        ({"b": torch.zeros(SLOTS, RANK, 32, dtype=torch.bfloat16)}, "b must be torch.float32"),
+        ({"widths": [16]}, r"y must be \[4, 16\]"),
+        ({"widths": [32, 0]}, "widths must be 1"),
+        ({"ranks": live([[1]] * (SLOTS - 1))}, "ranks must be for 6 slots"),
+        ({"ranks": live([[RANK + 1]] * SLOTS)}, "ranks must be at most 24"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, Tensor], names: str) -> None:
+def test_what_does_not_fit_is_named(change: dict[str, Any], names: str) -> None:
     a, b = weights((32,), torch.float32)
-    given = {"y": torch.zeros(4, 32), "x": torch.zeros(4, K), "a": a, **change}
+    given = {"y": torch.zeros(4, 32), "x": torch.zeros(4, K), "a": a, "b": b, "widths": [32]}
+    given |= {"ranks": live([[1]] * SLOTS), **change}
     with pytest.raises(ValueError, match=names):
-        multi_lora(given["y"], given["x"], given["a"], b, [[1]] * SLOTS, Routing(segments_of([(0, 4)]), CPU))
+        multi_lora(**given, routing=Routing(segments_of([(0, 4)]), CPU))
+
+
+@pytest.mark.parametrize(
+    ("slot", "ranks", "names"), [(2, [1], "slot must be from 0 to 1"), (0, [1, 1], "ranks"), (0, [-1], "ranks")]
+)
+def test_ranks_that_do_not_fit_are_named(slot: int, ranks: list[int], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        LiveRanks(2, 1, CPU).put(slot, ranks)
+
+
+def test_the_operators_are_there_without_triton() -> None:
+    """As off Linux, where no triton is installed."""
+    modules = ", ".join(f"loramill.kernels.{name}" for name in ("multi_lora", "embedding", "routing", "plan", "tune"))
+    code = f"import sys; sys.modules['triton'] = None; import {modules}"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
