@@ -16,12 +16,16 @@ MAX_SIBLINGS = 4
 
 
 class LiveRanks:
-    """The rank that each sibling projection uses in each slot: lists for the host, `tensor` [S, siblings] int32."""
+    """The rank that each sibling projection uses in each slot: lists for the host, `tensor` [S, siblings] int32.
+
+    `version` counts what was put, so that whoever keeps something made from the slots' weights knows when it is old.
+    """
 
     def __init__(self, slots: int, siblings: int, device: torch.device) -> None:
         self.lists = [[0] * siblings for _ in range(slots)]
         self.tensor = torch.zeros(slots, siblings, dtype=torch.int32, device=device)
         self.largest = 0
+        self.version = 0
 
     def __getitem__(self, slot: int) -> list[int]:
         return self.lists[slot]
@@ -41,6 +45,7 @@ class LiveRanks:
             raise ValueError(f"ranks must be {self.tensor.shape[1]} numbers, none below 0, not {list(ranks)}")
         self.lists[slot] = list(ranks)
         self.largest = max(map(max, self.lists))
+        self.version += 1
         self.tensor[slot] = torch.tensor(self.lists[slot], dtype=torch.int32)
 
 

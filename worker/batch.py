@@ -93,7 +93,7 @@ class Batch:
     decodes: list[Decode]
     decode_rows: Tensor
     """The batch row that each answered query of `decodes`, in order, belongs to."""
-    _index: dict[LayerShape, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _index: dict[LayerShape, Tensor] = field(default_factory=dict)
 
     def write(self, layer: int, shape: LayerShape, key: Tensor, value: Tensor) -> None:
         """Put the tokens' key and value [T, heads, dim] of a layer into the cache."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramill.kernels.check import LiveRanks
-from loramill.kernels.multi_lora import multi_lora
+from loramill.kernels.multi_lora import TileWeights, multi_lora
 from loramill.worker.batch import Batch, current
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -48,6 +48,7 @@ class FusedLinear:
         self.a: Tensor | None = None
         self.b: Tensor | None = None
         self.ranks = LiveRanks(slots, len(names), weight.device)
+        self._kept = TileWeights()
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._readers = 0
@@ -70,7 +71,7 @@ class FusedLinear:
         if self.a is not None and self.b is not None and isinstance(batch, Batch):
             routing = batch.output_routing if self.is_head else batch.routing
             rows, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            multi_lora(outputs, rows, self.a, self.b, self.widths, self.ranks, routing)
+            multi_lora(outputs, rows, self.a, self.b, self.widths, self.ranks, routing, kept=self._kept)
         return y
 
     def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
