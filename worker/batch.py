@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loramill.kernels.multi_lora import Routing
-from loramill.kernels.segments import segments_of
+from loramill.kernels.router import Router
+from loramill.kernels.routing import TileRouting
 from loramill.worker.cache import KVCache, LayerShape, Places
 from loramill.worker.scheduler import Chunk
 from loramill.worker.slabs import Room, Slabs
@@ -86,8 +87,8 @@ class Batch:
     """Where in the cache each token goes."""
     outputs: Tensor
     """The rows whose logits are wanted: [O]."""
-    routing: Routing
-    output_routing: Routing
+    routing: Routing | TileRouting
+    output_routing: Routing | TileRouting
     """The same for a projection that sees the output rows only (the head)."""
     prefills: list[Prefill]
     decodes: list[Decode]
@@ -109,7 +110,7 @@ class Probe:
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
 
-def pack(chunks: Sequence[Chunk], slabs: Slabs, cache: KVCache, device: torch.device) -> Batch:
+def pack(chunks: Sequence[Chunk], slabs: Slabs, cache: KVCache, router: Router, device: torch.device) -> Batch:
     """Lay out the chunks of a step, in their order."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -150,8 +151,8 @@ def pack(chunks: Sequence[Chunk], slabs: Slabs, cache: KVCache, device: torch.de
         positions=where,
         places=Places(on_device(offsets), on_device(capacities), where),
         outputs=on_device(outputs),
-        routing=Routing(segments_of((c.sequence.slot, c.size) for c in chunks), device),
-        output_routing=Routing(segments_of((c.sequence.slot, int(c.samples)) for c in chunks), device),
+        routing=router.route((c.sequence.slot, c.size) for c in chunks),
+        output_routing=router.route((c.sequence.slot, int(c.samples)) for c in chunks),
         prefills=prefills,
         decodes=decodes,
         decode_rows=on_device([rows[row] for rows in decoding.values() for row in sorted(rows)]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loramill.kernels.router import Router
 from loramill.worker.adapters import Adapter
 from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache, bytes_per_token
@@ -78,6 +79,7 @@ class Engine:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        self._router = Router(config.max_loras_per_batch, self._model.device)
         self._adapters = {adapter.sha256: adapter for adapter in adapters}
         self._decode = decode
         self._rows: dict[int, list[Completion]] = {}
@@ -114,7 +116,7 @@ class Engine:
         self._load(step)
         if not step.chunks:
             return []
-        logits = self._model.forward(pack(step.chunks, scheduler.slabs, self._cache, self._model.device))
+        logits = self._model.forward(pack(step.chunks, scheduler.slabs, self._cache, self._router, self._model.device))
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.size
         sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]

@@ -6,6 +6,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 import torch
 import transformers
 
+from loramill.kernels.on_device import run
+from loramill.kernels.plan import Plan
+from loramill.kernels.router import Router
 from loramill.producer.cli import main
 from loramill.worker.engine import Engine
 from loramill.worker.request import Request, Result, Sampling
@@ -80,6 +84,40 @@ def test_mixed_adapters_with_chunks_eviction_and_reuse(
     assert engine.stats.adapter_evictions > 0
     assert engine.stats.adapter_loads > len(one.adapters), "some adapter came back"
     assert max(len(prompt) for prompt, _ in rows) > 40, "some prompt was cut"
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_tiles_as_a_device_takes_them(
+    form: str,
+    family: Callable[[str], Any],
+    make_engine: Callable[..., Engine],
+    answer: Callable[[Engine, list[Request]], dict[int, Result]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = family("qwen2")
+    # The interpreter takes minutes for what torch takes a second for.
+    rows = mixed_rows(seed=1)[: 24 if form == "torch" else 4]
+    expected = peft_answers(one, rows)
+    tokens = TOKENS if form == "torch" else 3
+    monkeypatch.setattr("loramill.worker.engine.Router", partial(Router, tiled=True))
+    calls = []
+    if form == "triton":
+
+        def on_device(*operands: Any) -> None:
+            calls.append(1)
+            run(*operands, Plan())
+
+        monkeypatch.setattr("loramill.kernels.multi_lora.multi_lora_torch", on_device)
+    engine = make_engine("qwen2", max_loras_per_batch=2, max_num_seqs=6, max_num_batched_tokens=40)
+    requests = [
+        Request(key, prompt, Sampling(tokens, temperature=0), None if a is None else one.adapters[a].sha256)
+        for key, (prompt, a) in enumerate(rows)
+    ]
+    results = answer(engine, requests)
+    for key, answered in enumerate(expected):
+        assert results[key].completions[0].token_ids == answered[:tokens], f"row {key}, adapter {rows[key][1]}"
+    assert bool(calls) == (form == "triton")
+    assert len({a for _, a in rows if a is not None}) > 1
 
 
 @pytest.mark.parametrize("name", NAMES)
