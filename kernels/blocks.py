@@ -29,8 +29,8 @@ def plain_shrink(height: int) -> Blocks:
 
 
 def plain_expand(height: int) -> Blocks:
-    """As `plain_shrink`; the columns are those that spill nothing in Triton 3.6 and 3.9."""
-    return {16: Blocks(64, 16, 4, 2), 64: Blocks(16, 16, 4, 2), 128: Blocks(32, 16, 8, 2)}[height]
+    """As `plain_shrink`; the columns are those that spill nothing in Triton 3.6, 3.7 and 3.9."""
+    return {16: Blocks(64, 16, 4, 2), 64: Blocks(16, 16, 8, 2), 128: Blocks(32, 16, 8, 2)}[height]
 
 
 def shrink_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
@@ -45,9 +45,9 @@ def shrink_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
 def expand_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
     """Blocks of the grouped expand: `k` columns of the rank at once."""
     if itemsize == 4:
-        return (Blocks(64, 16, 4 if height == 16 else 8, 2),)
+        return (Blocks(32 if height == 64 else 64, 16, 4 if height == 16 else 8, 2),)
     if height == 16:
-        return Blocks(128, 16, 4, 3), Blocks(128, 64, 4, 3)
+        return Blocks(128, 16, 4, 3), Blocks(128, 32, 4, 3)
     if height == 64:
         return Blocks(64, 16, 4, 2), Blocks(64, 32, 8, 2)
     return (Blocks(64, 16, 8, 2),)
