@@ -14,7 +14,6 @@ from typing import Any
 
 from bench import ROOT, machine
 
-
 NEEDS = ("torch", "triton", "transformers", "safetensors", "peft", "numpy", "pytest")
 """All that `make gpu` needs, and nothing else may be imported by what it runs."""
 

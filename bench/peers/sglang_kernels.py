@@ -18,8 +18,6 @@ from bench.operands import Operands
 from bench.peers.checkout import chosen, load
 from bench.peers.kernel_forms import AbsentError
 
-FOLDERS = ("sglang/srt/lora/triton_ops", "sglang/kernels/ops/gemm")
-"""Where the kernels have been kept, under `python/`."""
 SHRINK, EXPAND = "chunked_sgmv_shrink", "chunked_sgmv_expand"
 
 
@@ -54,6 +52,7 @@ class Sglang:
         offsets = torch.tensor([0, *(c.stop for c in columns)], dtype=torch.int32, device=device)
         given = {"batch_info": batch, "num_slices": len(columns), "slice_offsets": offsets}
         given |= {"max_slice_size": max(point.projection.widths), "base_output": None, "x": None, "weights": None}
+        given |= {"slice_offsets_cpu": offsets.cpu()}
         shrink, expand = chosen(self._shrink, given), chosen(self._expand, given)
 
         def call(number: int) -> None:
@@ -71,11 +70,14 @@ def chunk_rows(rows: int, largest: int) -> int:
 def sglang_forms(root: Path) -> list[Sglang]:
     """The default of its server, and the largest chunks it has. Raises `AbsentError` when they cannot be loaded."""
     base = root / "python" if (root / "python").is_dir() else root
-    folder = next((one for one in FOLDERS if (base / one / f"{SHRINK}.py").is_file()), None)
-    if folder is None:
-        raise AbsentError(f"there is no {SHRINK}.py in {' or '.join(FOLDERS)} of {root}")
-    beside = ["lora_tuning_config"] if (base / folder / "lora_tuning_config.py").is_file() else []
-    files = {f"{folder.replace('/', '.')}.{name}": base / folder / f"{name}.py" for name in (*beside, SHRINK, EXPAND)}
+    # They have moved twice; their configurations of measured block sizes lie beside them.
+    found = sorted((base / "sglang").rglob(f"{SHRINK}.py"))
+    if not found:
+        raise AbsentError(f"there is no {SHRINK}.py in {base / 'sglang'}")
+    folder = found[0].parent
+    package = ".".join(folder.relative_to(base).parts)
+    beside = ["lora_tuning_config"] if (folder / "lora_tuning_config.py").is_file() else []
+    files = {f"{package}.{name}": folder / f"{name}.py" for name in (*beside, SHRINK, EXPAND)}
     *_, shrink, expand = load("sglang", files, _stand_ins())
     functions = shrink.chunked_sgmv_lora_shrink_forward, expand.chunked_sgmv_lora_expand_forward
     return [Sglang(functions, chunk) for chunk in (16, 128)]

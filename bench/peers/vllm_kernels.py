@@ -96,13 +96,19 @@ def _stand_ins() -> dict[str, dict[str, object]]:
     envs = SimpleNamespace(
         VLLM_TUNED_CONFIG_FOLDER=os.environ.get("VLLM_TUNED_CONFIG_FOLDER"),
         VLLM_LORA_DISABLE_PDL=False,
+        VLLM_LORA_ENABLE_DUAL_STREAM=False,
         VLLM_BATCH_INVARIANT=False,
     )
     platform = SimpleNamespace(
         is_cuda=torch.cuda.is_available,
-        has_device_capability=lambda least: torch.cuda.get_device_capability() >= (least // 10, least % 10),
+        has_device_capability=lambda least: torch.cuda.get_device_capability() >= divmod(least, 10),
+        is_device_capability=lambda exactly: torch.cuda.get_device_capability() == divmod(exactly, 10),
     )
-    custom = {"direct_register_custom_op": register}
+
+    def h2d(data: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.tensor(data, dtype=dtype, device=device)
+
+    custom = {"direct_register_custom_op": register, "async_tensor_h2d": h2d}
     return {
         "vllm.triton_utils": {"triton": triton, "tl": tl, "HAS_TRITON": True},
         "vllm.envs": vars(envs),

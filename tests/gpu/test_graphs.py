@@ -17,7 +17,8 @@ from loramill.kernels.routing import Mixes, route_device
 
 SLOTS, RANK, K, WIDTHS = 12, 64, 256, (160, 64, 64)
 CAPACITY, MEMBERS = 24, 3
-BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
+"""||y - ref|| / ||ref|| beyond what rounding the reference once gives: a second rounding does not pass."""
 RANKS = (64, 8, 1, 16, 40)
 
 
@@ -70,7 +71,8 @@ class Fixed:
 
     def check(self) -> None:
         expected = self.expected()
-        assert (self.y.double() - expected).norm() / expected.norm() < BOUNDS[self.dtype]
+        once = expected.to(self.dtype).double() - expected
+        assert (self.y.double() - expected).norm() - once.norm() < BOUNDS[self.dtype] * expected.norm() + 1e-30
         untouched = self.mix_of_row == BASE_MIX
         assert torch.equal(self.y[untouched], self.base[untouched])
 
