@@ -11,7 +11,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def summary(runner: Runner, answers: Answers, reference: Answers | None, job: Jo
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_engine", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=6.0, help="start no runner after this (default 6)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="start no runner after this (default 5)")
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "bench", help="where the model and job are made")
     options = parser.parse_args(arguments)
     if no_device("engine"):
@@ -119,38 +119,42 @@ def main(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     job = prepare(SPEC, options.dir)
     _say(f"made the job in {time.monotonic() - started:.0f} s")
-    answers: dict[str, Answers] = {}
-    ran: list[Runner] = []
-    absent: dict[str, str] = {}
+    result = describe_part("engine", ["python -m bench.gpu_engine", *map(str, arguments)])
+    result |= {"setting": setting(SPEC), "job": asdict(SPEC), "runners": {}, "absent": {}}
+    ran: dict[str, tuple[Runner, Answers]] = {}
     for runner, rows in runners("cuda"):
         reason = runner.absent()
         if not reason and time.monotonic() - started > options.minutes * 60:
             reason = f"{options.minutes:g} minutes had passed"
         if reason:
-            absent[runner.name] = reason
+            result["absent"][runner.name] = reason
             continue
-        answers[runner.name] = run_one(runner, job, rows)
-        _say(f"{runner.name}: {answers[runner.name].run_s:.2f} s for {rows} rows")
-        ran.append(runner)
+        ran[runner.name] = runner, run_one(runner, job, rows)
+        _say(f"{runner.name}: {ran[runner.name][1].run_s:.2f} s for {rows} rows")
         drop(runner)
-    try:
-        measured = {
-            runner.name: summary(runner, answers[runner.name], answers.get(REFERENCES[runner.lora]), job)
-            for runner in ran
-        }
-    except TokensError as error:
-        _say(str(error))
-        return 1
-    setting = (
-        f"{SPEC.rows} rows over {SPEC.adapters} adapters (Zipf {SPEC.zipf:g}, rank {SPEC.rank} on all seven linear "
-        f"projections), {SPEC.prompt_tokens} prompt + {SPEC.output_tokens} output tokens a row; a random Qwen2 shape "
-        f"of {SPEC.parameters() / 1e9:.2f}B parameters in bfloat16; one run each, after a warm-up."
-    )
-    result = describe_part("engine", ["python -m bench.gpu_engine", *map(str, arguments)])
-    result |= {"setting": setting, "job": asdict(SPEC), "runners": measured, "absent": absent}
-    print(json.dumps({name: one["output_tokens_per_s"] for name, one in measured.items()}))
+        try:
+            result["runners"] = {name: summary(*one, _reference(ran, one[0]), job) for name, one in ran.items()}
+        except TokensError as error:
+            _say(str(error))
+            return 1
+        save_part(result)  # each time: what is stopped has what it measured until then
+    print(json.dumps({name: one["output_tokens_per_s"] for name, one in result["runners"].items()}))
     _say(f"written to {save_part(result)}")
     return 0
+
+
+def setting(spec: Spec) -> str:
+    """The job in one sentence."""
+    return (
+        f"{spec.rows} rows over {spec.adapters} adapters (Zipf {spec.zipf:g}, rank {spec.rank} on all seven linear "
+        f"projections), {spec.prompt_tokens} prompt + {spec.output_tokens} output tokens a row; a random Qwen2 shape "
+        f"of {spec.parameters() / 1e9:.2f}B parameters in bfloat16; one run each, after a warm-up."
+    )
+
+
+def _reference(ran: Mapping[str, tuple[Runner, Answers]], runner: Runner) -> Answers | None:
+    found = ran.get(REFERENCES[runner.lora])
+    return found[1] if found else None
 
 
 def _say(line: str) -> None:

@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--vllm", type=Path, metavar="PATH", help="a checkout of vLLM, whose kernels are measured too")
     parser.add_argument("--sglang", type=Path, metavar="PATH", help="likewise SGLang")
-    parser.add_argument("--minutes", type=float, default=7.0, help="start no point after this (default 7)")
+    parser.add_argument("--minutes", type=float, default=6.5, help="start no point after this (default 6.5)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only points whose names hold TEXT")
     return parser.parse_args(arguments)
 
@@ -134,27 +134,26 @@ def main(arguments: Sequence[str]) -> int:
     layers = [layer_share(graph_seconds, device, rank) for rank in (16, 64)] if not options.only else []
     for layer in layers:
         _say(f"layer, rank {layer['rank']}: {layer['alone_percent']:.1f}% alone, {layer['added_percent']:.1f}% added")
-    done: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    for point in [one for one in points() if options.only in one.name]:
-        if time.monotonic() - started > options.minutes * 60:
-            skipped.append(point.name)
-            continue
-        done.append(measure(point, forms, graph_seconds, reached, device, cache_bytes))
-        _say(f"{point.name}: " + ", ".join(map(_short, done[-1]["forms"].items())))
-        gc.collect()
-        torch.cuda.empty_cache()
-    titles = {form.name: form.title for form in forms}
     result = describe_part("kernels", ["python -m bench.kernels", *map(str, arguments)]) | {
         "method": METHOD,
         "ceilings": asdict(reached),
         "l2_bytes": cache_bytes,
-        "titles": titles,
+        "titles": {form.name: form.title for form in forms},
         "absent": absent,
         "layers": layers,
-        "points": done,
-        "skipped": skipped,
+        "points": [],
+        "skipped": [],
     }
+    done = result["points"]
+    for point in [one for one in points() if options.only in one.name]:
+        if time.monotonic() - started > options.minutes * 60:
+            result["skipped"].append(point.name)
+            continue
+        done.append(measure(point, forms, graph_seconds, reached, device, cache_bytes))
+        _say(f"{point.name}: " + ", ".join(map(_short, done[-1]["forms"].items())))
+        save_part(result, whole=not options.only)  # each time: what is stopped has what it measured until then
+        gc.collect()
+        torch.cuda.empty_cache()
     # A quick look at some points does not replace the numbers that the documents show.
     _say(f"written to {save_part(result, whole=not options.only)}")
     return 1 if any("seconds" not in one["forms"]["loramill"] for one in done) else 0

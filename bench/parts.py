@@ -55,5 +55,7 @@ def save_part(result: dict[str, Any], *, whole: bool = True) -> Path:
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else kept
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(result['device'])}-{result['part']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    making = path.with_suffix(".making")
+    making.write_text(json.dumps(result, indent=1) + "\n")
+    making.replace(path)
     return path

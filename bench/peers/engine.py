@@ -24,7 +24,7 @@ class EngineRunner:
         self.lora = slots > 0
         self.name = f"loramill-{slots}" if slots else "loramill-base"
         self.title = f"loramill, {slots} slots" if slots else "loramill, no LoRA"
-        self._options = {"device": device, "max_num_seqs": max_num_seqs, "dtype": dtype}
+        self._device, self._max_num_seqs, self._dtype = device, max_num_seqs, dtype
 
     def absent(self) -> str | None:
         """Never: it is the product."""
@@ -38,9 +38,11 @@ class EngineRunner:
         longest = job.spec.prompt_tokens + job.spec.output_tokens
         config = EngineConfig(
             base,
+            dtype=self._dtype,
+            device=self._device,
             max_loras_per_batch=max(1, self.slots),
+            max_num_seqs=self._max_num_seqs,
             max_row_tokens=longest,
-            **self._options,  # type: ignore[arg-type]
         )
         self.model = Engine(config, adapters.values())
 
@@ -66,5 +68,5 @@ class EngineRunner:
         numbers = {name: number for number, name in enumerate(job.adapter_names)} if self.lora else {}
         adapter = np.array([numbers.get(row.adapter, -1) for row in rows], dtype=np.int32)
         cost = np.array([len(row.prompt) + job.spec.output_tokens for row in rows], dtype=np.int64)
-        limit = int(self._options["max_num_seqs"])
-        return [int(n) for n in plan_order(adapter, cost, slots=max(1, self.slots), max_num_seqs=limit)]
+        order = plan_order(adapter, cost, slots=max(1, self.slots), max_num_seqs=self._max_num_seqs)
+        return [int(number) for number in order]

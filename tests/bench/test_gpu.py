@@ -6,19 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import ROOT
+from bench import ROOT, gpu_engine
 from bench.gpu import TESTS, count
-from bench.gpu_engine import part_of, run_one, summary
-from bench.job import Spec, prepare
+from bench.gpu_report import section
+from bench.job import Spec
 from bench.parts import describe_part, save_part, slug
 from bench.peers.engine import EngineRunner
-from bench.peers.hugging_face import PeftMixed
+from bench.peers.hugging_face import PeftMixed, Transformers
 
 ABSENT = ("hypothesis", "pydantic", "orjson", "click", "rich", "celery", "redis", "zstandard", "openai", "matplotlib")
 BLOCKER = f"""
@@ -84,18 +83,26 @@ def test_results_are_named_after_device_and_part(tmp_path: Path, monkeypatch: py
     assert json.loads(path.read_text())["versions"]["torch"]
 
 
+SMALL = Spec(
+    layers=1, rows=6, hidden=64, intermediate=96, heads=4, kv_heads=2, vocab=512, adapters=3, prompt_tokens=9,
+    output_tokens=5,
+)  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses names that transformers has deprecated
-def test_the_engine_part_on_a_small_job(tmp_path: Path) -> None:
-    spec = Spec(
-        layers=1, rows=6, hidden=64, intermediate=96, heads=4, kv_heads=2, vocab=512, adapters=3, prompt_tokens=9,
-        output_tokens=5,
-    )  # fmt: skip
-    job = prepare(spec, tmp_path)
-    peer, ours = PeftMixed(batch_rows=4), EngineRunner(2, "cpu", 4)
-    reference, answers = run_one(peer, job, 4), run_one(ours, job, 6)
-    found = summary(ours, answers, reference, job)
-    assert found["rows"] == 6
-    assert found["details"]["adapter_loads"] >= 3, "what was loaded for the warm-up is not there any more"
-    assert found["output_tokens_per_s"] == pytest.approx(6 * 5 / answers.run_s)
-    assert found["agreement"]["first"] >= 0.5
-    assert part_of(job, 2, 3).spec == replace(spec, rows=2, output_tokens=3)
+def test_the_engine_part_with_its_device_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu_engine, "no_device", lambda _: False)
+    monkeypatch.setattr(gpu_engine, "SPEC", SMALL)
+    few = [(Transformers(batch_rows=4), 6), (EngineRunner(0, "cpu", 4), 6), (EngineRunner(2, "cpu", 4), 6)]
+    monkeypatch.setattr(gpu_engine, "runners", lambda _: [*few, (PeftMixed(batch_rows=4), 4)])
+    assert gpu_engine.main(["--dir", str(tmp_path / "cache")]) == 0
+    (file,) = (tmp_path / "out").iterdir()
+    found = json.loads(file.read_text())
+    ours = found["runners"]["loramill-2"]
+    assert ours["rows"] == 6
+    assert ours["details"]["adapter_loads"] >= 3, "what was loaded for the warm-up is not there any more"
+    assert ours["output_tokens_per_s"] == pytest.approx(6 * 5 / ours["run_s"])
+    assert ours["agreement"]["first"] >= 0.5
+    assert found["runners"]["loramill-base"]["agreement"]["first"] >= 0.5
+    assert "| PEFT, mixed batch | 4 |" in section([found])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from bench import kernels
 from bench.clock import Call, ceilings, quantiles
+from bench.gpu_report import section
 from bench.kernels import measure, parse, peers
 from bench.layer import layer_share
 from bench.operands import Operands
@@ -106,6 +110,35 @@ def test_a_layer_is_its_parts() -> None:
     assert found["alone_percent"] > 0  # type: ignore[operator]
 
 
+def test_the_whole_command_with_its_device_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    properties = SimpleNamespace(L2_cache_size=4096)
+    cuda = SimpleNamespace(
+        current_device=lambda: 0, get_device_properties=lambda _: properties, empty_cache=lambda: None
+    )
+    monkeypatch.setattr(kernels, "torch", SimpleNamespace(cuda=cuda, device=lambda *_: CPU, bfloat16=torch.bfloat16))
+    monkeypatch.setattr(kernels, "no_device", lambda _: False)
+    monkeypatch.setattr(kernels, "graph_seconds", wall_clock)
+    monkeypatch.setattr(kernels, "ceilings", lambda *_: REACHED)
+    monkeypatch.setattr(kernels, "points", lambda: POINTS)
+    monkeypatch.setattr(kernels, "layer_share", lambda _, __, rank: LAYER | {"rank": rank})
+    assert kernels.main([]) == 0
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    assert [point["name"] for point in found["points"]] == [point.name for point in POINTS]
+    assert set(found["points"][0]["forms"]) == {"loramill", "loop", "bmm"}
+    assert "| m qkv, 40 rows, 5 zipf, rank 8 |" in section([found])
+    assert kernels.main(["--minutes", "0", "--only", "o, 9"]) == 0
+    assert json.loads(file.read_text())["skipped"] == ["m o, 9 rows, 1, rank 16"]
+
+
+LAYER = {
+    "rows": 256,
+    "adapters": 32,
+    "seconds": {"base": {"median": 1.0}},
+    "added_percent": 2.0,
+    "alone_percent": 1.0,
+}
 VLLM = {
     "utils": "from vllm import envs\nfrom vllm.utils.math_utils import next_power_of_2\n_LORA_A_PTR_DICT = {1: 2}\n",
     "kernel_utils": "from vllm.triton_utils import tl, triton\n",
