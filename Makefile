@@ -1,16 +1,20 @@
 # The two commands: `make demo` and `make test`. Both set up .venv when it is missing or out of date.
 #   PYTHON=...  interpreter for .venv (3.11 or newer)
-#   ARGS=...    extra arguments for pytest (make test) or for the harness (make bench)
+#   ARGS=...    extra arguments for pytest (make test), the harness (make bench) or a part (make gpu)
+#   PART=...    of make gpu: tests, kernels, engine or all. It makes no .venv: PYTHON, by default python3, must have torch,
+#               triton, transformers, safetensors, peft, numpy and pytest, and see a CUDA device.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
+PART ?= all
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 TINY := examples/tiny
 
-.PHONY: demo test check bench tiny clean
+.PHONY: demo test check bench gpu tiny clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +33,9 @@ check: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench $(ARGS)
+
+gpu:
+	@PYTHONPATH=src "$(GPU_PYTHON)" -m bench.gpu $(PART) $(ARGS)
 
 tiny: $(VENV)/.installed-bench
 	$(BIN)/python examples/train_tiny.py

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("loramill", "torch", "transformers", "peft")
+PACKAGES = ("loramill", "torch", "triton", "transformers", "peft")
 
 
 def cores() -> int:

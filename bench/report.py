@@ -1,7 +1,8 @@
 """`python -m bench.report [FILE ...]`: write the measured tables into the documents, from `bench/results/*.json`.
 
-A document says where with a pair of markers, `<!-- bench:summary -->` (one table) or `<!-- bench:results -->` (every
-table with its job, hardware and versions), each closed by `<!-- /bench -->`; what lies between is replaced.
+A document says where with a pair of markers, `<!-- bench:summary -->` (one table), `<!-- bench:results -->` (every
+table with its job, hardware and versions) or `<!-- bench:gpu -->` (what `make gpu` measured, or that it has not yet),
+each closed by `<!-- /bench -->`; what lies between is replaced. The plot of the kernels goes beside the documents.
 """
 
 from __future__ import annotations
@@ -13,22 +14,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT
+from bench import ROOT, gpu_report
+from bench.plot import plot
 
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 OURS = ("loramill", "loramill-16", "loramill-base")
-SECTION = re.compile(r"(<!-- bench:(summary|results) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- bench:(summary|results|gpu) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Every result, by file name."""
+    """Every result of the job, by file name."""
+    return [result for result in _all(folder) if "part" not in result]
+
+
+def load_gpu(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Every result of `make gpu`, by file name."""
+    return [result for result in _all(folder) if "part" in result]
+
+
+def _all(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
-def render(document: str, results: Sequence[Mapping[str, Any]]) -> str:
+def render(document: str, results: Sequence[Mapping[str, Any]], gpu: Sequence[Mapping[str, Any]] = ()) -> str:
     """`document` with its marked sections made anew; a document without markers comes back as it was."""
     sections = {
+        "gpu": gpu_report.section(gpu),
         "summary": "\n".join(f"{table(result)}\n\n{setting(result)}\n" for result in results),
         "results": "\n".join(detail(result) for result in results),
     }
@@ -117,16 +129,18 @@ def _ratio(values: Mapping[str, float] | None) -> str:
 
 def main(files: Sequence[str]) -> int:
     """Rewrite `files`, by default those documents of the repository that exist."""
-    results = load()
+    results, gpu = load(), load_gpu()
     if not results:
         print(f"no results in {RESULTS}: run `make bench` first", file=sys.stderr)
         return 1
+    for result in [one for one in gpu if one["part"] == "kernels"]:
+        (ROOT / "docs" / gpu_report.plot_name(result)).write_text(plot(result["points"], result["titles"]))
     for file in [Path(name) for name in files] or [path for path in DOCUMENTS if path.exists()]:
         before = file.read_text()
         if not SECTION.search(before):
-            print(f"{file}: no <!-- bench:summary --> or <!-- bench:results --> section", file=sys.stderr)
+            print(f"{file}: no <!-- bench:summary -->, <!-- bench:results --> or <!-- bench:gpu -->", file=sys.stderr)
             return 1
-        file.write_text(render(before, results))
+        file.write_text(render(before, results, gpu))
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import DOCUMENTS, load, render, table
+from bench.report import DOCUMENTS, load, load_gpu, render, table
 
 RESULT: dict[str, Any] = {
     "name": "small",
@@ -69,4 +69,4 @@ def test_render_replaces_only_marked_sections() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_show_the_results_that_are_kept(document: Any) -> None:
     if document.exists():
-        assert render(document.read_text(), load()) == document.read_text(), "run `python -m bench.report`"
+        assert render(document.read_text(), load(), load_gpu()) == document.read_text(), "run `python -m bench.report`"

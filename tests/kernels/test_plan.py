@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import given
 from hypothesis import strategies as st
 
