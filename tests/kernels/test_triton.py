@@ -285,6 +285,15 @@ def test_a_routing_made_on_the_device_is_as_good() -> None:
 
 
 @pytest.mark.parametrize("form", [grouped, by_row])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_ranks_up_to_256(form: Form, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "RANKS", [[256], [200], [1], [0], [33]])
+    case = make(BATCHES["uniform 15"], dtype, k=64, widths=(48,))
+    assert case.a.shape[2] == 256
+    assert case.error(form(case, route(case.mixes, 16))) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("form", [grouped, by_row])
 def test_a_row_of_nan_stays_alone(form: Form) -> None:
     case = make(BATCHES["identical 33"][:9], torch.bfloat16)
     case.x[4] = float("nan")
