@@ -43,6 +43,8 @@ class Routing:
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = list(segments)
+        self.rows_end = max((s.end for s in self.segments), default=0)
+        self.slots_used = {s.slot for s in self.segments}
         rows = sum(s.end - s.start for s in self.segments)
         mean = rows / len(self.segments) if self.segments else 0.0
         self.by_segment = mean >= SEGMENT_ROWS or len(self.segments) == 1
@@ -109,10 +111,16 @@ def multi_lora(
     """
     check_operands(y, x, a, b, ranks, widths, routing.rows if isinstance(routing, TileRouting) else x.shape[0])
     if isinstance(routing, TileRouting):
+        if routing.mixes.below is not None and routing.mixes.below > len(ranks):
+            raise ValueError(f"routing must be by mixes of {len(ranks)} slots or fewer, not {routing.mixes.below}")
         _by_tiles(y, x, a, b, widths, ranks, routing, plan)
         return
     if y.device.type != "cpu":
         raise ValueError(f"routing must be a TileRouting for tensors on {y.device}")
+    if not all(0 <= slot < len(ranks) for slot in routing.slots_used):
+        raise ValueError(f"routing must name slots from 0 to {len(ranks) - 1}, not {sorted(routing.slots_used)}")
+    if routing.rows_end > x.shape[0]:
+        raise ValueError(f"routing must end within the {x.shape[0]} rows of x, not at {routing.rows_end}")
     live = [s for s in routing.segments if any(ranks[s.slot])]
     if not live:
         return

@@ -27,6 +27,8 @@ class Mixes:
     members: Tensor
     single: tuple[int, ...] | None = None
     """The slot of each mix where the host knows that every one is a single slot with weight 1."""
+    below: int | None = None
+    """The number of slots that the mixes were checked against."""
 
     @classmethod
     def of(
@@ -65,12 +67,15 @@ class Mixes:
             torch.tensor([[w for _, w in row] for row in table], dtype=torch.float32, device=device).view(-1, width),
             torch.tensor([len(mix) for mix in (*mixes, *empty)], dtype=torch.int32, device=device),
             tuple(mix[0][0] for mix in mixes) if alone else None,
+            slots,
         )
 
     def copy_(self, other: Mixes) -> None:
         """Take another table of the same capacity into these tensors, which a captured graph reads."""
         if self.slots.shape != other.slots.shape:
             raise ValueError(f"other must hold {tuple(self.slots.shape)} mixes, not {tuple(other.slots.shape)}")
+        if self.below is not None and other.below is not None and other.below > self.below:
+            raise ValueError(f"other must be for {self.below} slots or fewer, as this table is, not {other.below}")
         self.slots.copy_(other.slots)
         self.weights.copy_(other.weights)
         self.members.copy_(other.members)

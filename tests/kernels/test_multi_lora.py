@@ -13,6 +13,7 @@ from torch import Tensor
 from loramill.kernels.check import LiveRanks
 from loramill.kernels.mixes import number_mixes
 from loramill.kernels.multi_lora import Routing, multi_lora, multi_lora_reference
+from loramill.kernels.router import Router
 from loramill.kernels.routing import Mixes, route_host
 from loramill.kernels.segments import BASE_SLOT, Segment, segments_of
 
@@ -134,14 +135,19 @@ def test_a_cpu_routes_mixes_by_tiles() -> None:
         ({"widths": [32, 0]}, "widths must be 1"),
         ({"ranks": live([[1]] * (SLOTS - 1))}, "ranks must be for 6 slots"),
         ({"ranks": live([[RANK + 1]] * SLOTS)}, "ranks must be at most 24"),
+        ({"routing": Routing([Segment(0, 4, SLOTS)], CPU)}, r"routing must name slots from 0 to 5, not \[6\]"),
+        ({"routing": Routing([Segment(0, 4, -2)], CPU)}, r"routing must name slots from 0 to 5, not \[-2\]"),
+        ({"routing": Routing([Segment(0, 5, 0)], CPU)}, "routing must end within the 4 rows of x, not at 5"),
+        ({"routing": Router(SLOTS + 1, CPU, tiled=True).route([(6, 4)])}, "routing must be by mixes of 6 slots"),
+        ({"routing": Router(SLOTS, CPU, tiled=True).route([(0, 5)])}, r"x must be \[5, 40\]"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], names: str) -> None:
     a, b = weights((32,), torch.float32)
     given = {"y": torch.zeros(4, 32), "x": torch.zeros(4, K), "a": a, "b": b, "widths": [32]}
-    given |= {"ranks": live([[1]] * SLOTS), **change}
+    given |= {"ranks": live([[1]] * SLOTS), "routing": Routing(segments_of([(0, 4)]), CPU), **change}
     with pytest.raises(ValueError, match=names):
-        multi_lora(**given, routing=Routing(segments_of([(0, 4)]), CPU))
+        multi_lora(**given)
 
 
 @pytest.mark.parametrize(
