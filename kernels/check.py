@@ -120,3 +120,13 @@ def check_outputs(
         )
     if ranks.largest > rank:
         raise ValueError(f"ranks must be at most {rank}, the R of a and b, not {ranks.largest}")
+
+
+def check_mixes(below: int | None, ranks: LiveRanks) -> None:
+    """That the mixes of a routing were made for no more slots than there are.
+
+    Raises:
+        ValueError: they were made for more.
+    """
+    if below is not None and below > len(ranks):
+        raise ValueError(f"routing must be by mixes of {len(ranks)} slots or fewer, not {below}")

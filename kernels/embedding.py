@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loramill.kernels.bridge import Bridge
-from loramill.kernels.check import LiveRanks, check_outputs, check_weights
+from loramill.kernels.check import LiveRanks, check_mixes, check_outputs, check_weights
 from loramill.kernels.plan import Plan, Shape
 from loramill.kernels.routing import TileRouting
 from loramill.kernels.torch_forms import embedding_torch
@@ -33,6 +33,7 @@ def embedding_lora(
     slots, vocabulary, rank = a.shape
     check_weights("a", a, (slots, vocabulary, rank), a)
     check_outputs(y, b, ranks, [y.shape[-1]], (slots, 1, rank), routing.rows, a)
+    check_mixes(routing.mixes.below, ranks)
     if tokens.shape != (routing.rows,) or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != a.device:
         raise ValueError(
             f"tokens must be [{routing.rows}] int32 or int64 on {a.device}, "

@@ -55,12 +55,13 @@ class Kernel:
     function: Any
     aligned: Any
     plain: Any
+    names: tuple[str, ...]
     wide: tuple[str, ...]
     reduced: str
     """What the constant for `Blocks.k` is called."""
 
     def launch(self, grid: tuple[int, ...], arguments: Mapping[str, Any], blocks: Blocks, **constants: int) -> None:
-        """Run over `grid`; an empty grid is no launch.
+        """Run over `grid` with those of `arguments` that the kernel takes; an empty grid is no launch.
 
         Raises:
             ValueError: more programs in the second or third dimension than a device can count.
@@ -70,8 +71,9 @@ class Kernel:
         if any(size > 65535 for size in grid[1:]):
             raise ValueError(f"a grid of {grid} programs is too large; use fewer splits or members")
         form = self.aligned if self.is_aligned(arguments) else self.plain
+        taken = {name: value for name, value in arguments.items() if name in self.names}
         constants |= self.block_constants(blocks)
-        form[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=stages_on_device(blocks))
+        form[grid](**taken, **constants, num_warps=blocks.warps, num_stages=stages_on_device(blocks))
 
     def choose(self, arguments: Mapping[str, Any], wanted: Blocks, listed: Sequence[Blocks], plain: Blocks) -> Blocks:
         """The blocks wanted where the aligned form runs (else the first listed), or the plain ones."""
@@ -109,6 +111,7 @@ def kernel(function: Any, wide: Iterable[str], reduced: str) -> Kernel:
         function,
         triton.jit(function, do_not_specialize=narrow),
         triton.jit(function, do_not_specialize=[*narrow, *wide]),
+        tuple(names),
         wide,
         reduced,
     )

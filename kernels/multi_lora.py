@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loramill.kernels.check import LiveRanks, check_operands
+from loramill.kernels.check import LiveRanks, check_mixes, check_operands
 from loramill.kernels.plan import Plan
 from loramill.kernels.routing import TileRouting
 from loramill.kernels.segments import Segment, tiles_of
@@ -111,8 +111,7 @@ def multi_lora(
     """
     check_operands(y, x, a, b, ranks, widths, routing.rows if isinstance(routing, TileRouting) else x.shape[0])
     if isinstance(routing, TileRouting):
-        if routing.mixes.below is not None and routing.mixes.below > len(ranks):
-            raise ValueError(f"routing must be by mixes of {len(ranks)} slots or fewer, not {routing.mixes.below}")
+        check_mixes(routing.mixes.below, ranks)
         _by_tiles(y, x, a, b, widths, ranks, routing, plan)
         return
     if y.device.type != "cpu":

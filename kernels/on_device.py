@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from loramill.kernels.bridge import Bridge, Folded, all_slots
-from loramill.kernels.check import LiveRanks, check_outputs
+from loramill.kernels.check import LiveRanks, check_mixes, check_outputs
 from loramill.kernels.expand import expand
 from loramill.kernels.plan import Launch, Plan, Regime, Shape, load_plan
 from loramill.kernels.routing import TileRouting
@@ -96,6 +96,7 @@ def folded(
             f"x must be [{routing.rows}, {k_size}] {base.a.dtype} on {base.a.device}, "
             f"not {list(x.shape)} {x.dtype} on {x.device}"
         )
+    check_mixes(routing.mixes.below, ranks)
     y, bridge = base.product(x)
     check_outputs(y, b, ranks, widths, (slots, siblings, rank), routing.rows, base.a)
     expand_bridge(y, bridge, b, widths, ranks, routing, shape_of(x, rank, y.shape[1], routing), plan)

@@ -97,6 +97,20 @@ class TileRouting:
     alone: int | None = None
     """The one slot that every row goes through with weight 1, where the host knows that it is so."""
 
+    def arguments(self) -> dict[str, Tensor | int]:
+        """What kernels are given of it, by their names in every kernel."""
+        return {
+            "order": self.order,
+            "mix_of_row": self.mix_of_row,
+            "tile_mix": self.tile_mix,
+            "tile_start": self.tile_start,
+            "tile_rows": self.tile_rows,
+            "mix_slots": self.mixes.slots,
+            "mix_weights": self.mixes.weights,
+            "mix_members": self.mixes.members,
+            "members": self.mixes.slots.shape[1],
+        }
+
     @property
     def rows(self) -> int:
         return self.order.shape[0]

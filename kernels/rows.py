@@ -116,13 +116,10 @@ def row_shrink(x: Tensor, a: Tensor, ranks: Tensor, routing: TileRouting, v: Ten
     n_blocks = -(-siblings * rank // blocks.n)
     k_blocks = -(-k_size // blocks.k)
     table = {
+        **routing.arguments(),
         "ranks": ranks,
-        "mix_of_row": routing.mix_of_row,
-        "mix_slots": routing.mixes.slots,
-        "mix_members": routing.mixes.members,
         "siblings": siblings,
         "rank": rank,
-        "members": routing.mixes.slots.shape[1],
         "n_blocks": n_blocks,
         "split_blocks": -(-k_blocks // splits),
     }
@@ -137,14 +134,10 @@ def row_expand(
     blocks = ROW_EXPAND_KERNEL.choose(wide, ROW_EXPAND, (ROW_EXPAND,), PLAIN_ROW_EXPAND)
     n_blocks = sum(-(-width // blocks.n) for width in widths)
     table = {
+        **routing.arguments(),
         "ranks": ranks,
-        "mix_of_row": routing.mix_of_row,
-        "mix_slots": routing.mixes.slots,
-        "mix_weights": routing.mixes.weights,
-        "mix_members": routing.mixes.members,
         "siblings": len(widths),
         "rank": b.shape[1],
-        "members": routing.mixes.slots.shape[1],
         "planes": bridge.v.shape[0],
         "n_blocks": n_blocks,
     }

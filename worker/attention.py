@@ -22,10 +22,14 @@ _INERT = {"position_ids", "cache_position", "use_cache", "output_attentions", "o
 """Keyword arguments that change nothing here: packing and causality come from the batch itself."""
 
 PRODUCTS_LENGTH = 512
-"""Up to which length prompts in bfloat16 attend on a CPU by plain products instead of the fused operator."""
+"""Up to which length prompts in bfloat16 attend on a CPU by plain products instead of the fused operator.
+
+Measured on two AVX512-BF16 cores, 12 heads of 64 over 4, ms against the fused operator's: 55 prompts of 147 tokens 23
+against 42, 32 of 256 34 against 51, 8 of 512 41 against 48; 6 of 640 50 against 48, 4 of 1024 85 against 64.
+"""
 
 SCORES_AT_ONCE = 1 << 20
-"""How many scores are held between the products; more fall out of the processor's cache."""
+"""How many scores are held between the products: from 2^18 on alike, at 2^21 they fall out of the processor's cache."""
 
 
 class UnsupportedAttention(Exception):

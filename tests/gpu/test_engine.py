@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
-import torch
-import transformers
 
 from loramill.worker.engine import Engine
 from loramill.worker.request import Request, Result, Sampling
-
-TOKENS = 20
-
-
-def mixed_rows(seed: int) -> list[tuple[list[int], int | None]]:
-    """(prompt, adapter number or None for the base), shuffled."""
-    draw = random.Random(seed)
-    return [
-        ([draw.randrange(3, 97) for _ in range(draw.choice([1, 2, 7, 30, 59]))], draw.choice([None, 0, 1, 2, 3, 4]))
-        for _ in range(48)
-    ]
-
-
-def peft_answers(one: Any, rows: list[tuple[list[int], int | None]]) -> list[list[int]]:
-    """What PEFT generates on CUDA, row by row."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = transformers.AutoModelForCausalLM.from_pretrained(one.folder, attn_implementation="eager")
-        model = peft.PeftModel.from_pretrained(base, one.adapter_folders[0], adapter_name="0")
-        for number, folder in enumerate(one.adapter_folders[1:], 1):
-            model.load_adapter(folder, str(number))
-        model.to("cuda", torch.float32).eval()
-        answers = []
-        for prompt, adapter in rows:
-            prompts = torch.tensor([prompt], device="cuda")
-            asked = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "do_sample": False}
-            if adapter is None:
-                with model.disable_adapter():
-                    output = model.generate(**asked, max_new_tokens=TOKENS)
-            else:
-                model.set_adapter(str(adapter))
-                output = model.generate(**asked, max_new_tokens=TOKENS)
-            answers.append(output[0, len(prompt) :].tolist())
-    return answers
+from tests.worker.parity import TOKENS, mixed_rows, peft_answers, requests_of
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -67,13 +29,10 @@ def test_answers_equal_pefts(
     make_engine: Callable[..., Engine],
     answer: Callable[[Engine, list[Request]], dict[int, Result]],
 ) -> None:
-    one, rows = family(name), mixed_rows(seed=3)
-    expected = peft_answers(one, rows)
+    one, rows = family(name), mixed_rows(seed=3, count=48)
+    expected = peft_answers(one, rows, "cuda")
     engine = make_engine(name, device="cuda", **limits)
-    requests = [
-        Request(key, prompt, Sampling(TOKENS, temperature=0), None if a is None else one.adapters[a].sha256)
-        for key, (prompt, a) in enumerate(rows)
-    ]
+    requests = requests_of(one, rows)
     results = {**answer(engine, requests[:24]), **answer(engine, requests[24:])}
     for key, tokens in enumerate(expected):
         assert results[key].completions[0].token_ids == tokens, f"row {key}, adapter {rows[key][1]}"

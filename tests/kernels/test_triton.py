@@ -342,3 +342,14 @@ def test_no_rank_is_computed_that_no_adapter_has(rows_alone: bool) -> None:
     slots = torch.tensor([mix[0][0] for mix in case.mixes], device=DEVICE)
     used = torch.arange(case.a.shape[2], device=DEVICE) < case.ranks[slots][..., None]
     assert torch.equal(~v.isnan(), used.view(1, 1, len(slots), -1).expand_as(v))
+
+
+def test_mixes_of_more_slots_than_there_are_are_refused() -> None:
+    case = make(BATCHES["one row"], torch.float32, k=50, widths=(96,))
+    routing = route_host([0], Mixes.of([of(SLOTS)], SLOTS + 1, DEVICE), 16)
+    tokens, a = torch.zeros(1, dtype=torch.int64, device=DEVICE), case.a[:, 0].mT.contiguous()
+    with pytest.raises(ValueError, match="routing must be by mixes of 5 slots or fewer, not 6"):
+        embedding_lora(strided(case.base), tokens, a, case.b, live(case), routing, Plan())
+    base = fold(torch.zeros(96, 50, device=DEVICE), None, *case.a.shape[:3])
+    with pytest.raises(ValueError, match="routing must be by mixes of 5 slots or fewer, not 6"):
+        folded(case.x.contiguous(), base, case.b, [96], live(case), routing, Plan())

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
-import transformers
 
 from loramill.kernels.on_device import run
 from loramill.kernels.plan import Plan
@@ -21,45 +16,9 @@ from loramill.kernels.router import Router
 from loramill.producer.cli import main
 from loramill.worker.engine import Engine
 from loramill.worker.request import Request, Result, Sampling
+from tests.worker.parity import TOKENS, mixed_rows, peft_answers, requests_of
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
-TOKENS = 20
-
-
-def mixed_rows(seed: int) -> list[tuple[list[int], int | None]]:
-    """(prompt, adapter number or None for the base), shuffled."""
-    draw = random.Random(seed)
-    return [
-        ([draw.randrange(3, 97) for _ in range(draw.choice([1, 2, 7, 30, 59]))], draw.choice([None, 0, 1, 2, 3, 4]))
-        for _ in range(24)
-    ]
-
-
-def peft_answers(one: Any, rows: list[tuple[list[int], int | None]]) -> list[list[int]]:
-    """What PEFT generates for each (prompt, adapter number or None for the base)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Eager attention: the only one of transformers' that honours Gemma 2's soft cap.
-        base = transformers.AutoModelForCausalLM.from_pretrained(one.folder, attn_implementation="eager")
-        model = peft.PeftModel.from_pretrained(base, one.adapter_folders[0], adapter_name="0")
-        for number, folder in enumerate(one.adapter_folders[1:], 1):
-            model.load_adapter(folder, str(number))
-        answers = []
-        for prompt, adapter in rows:
-            asked = {
-                "input_ids": torch.tensor([prompt]),
-                "attention_mask": torch.ones(1, len(prompt), dtype=torch.long),
-                "max_new_tokens": TOKENS,
-                "do_sample": False,
-            }
-            if adapter is None:
-                with model.disable_adapter():
-                    output = model.generate(**asked)
-            else:
-                model.set_adapter(str(adapter))
-                output = model.generate(**asked)
-            answers.append(output[0, len(prompt) :].tolist())
-    return answers
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,10 +33,7 @@ def test_mixed_adapters_with_chunks_eviction_and_reuse(
     expected = peft_answers(one, rows)
     # 40 tokens a pass cut the longer prompts; two slots for five adapters evict; the second half uses them again.
     engine = make_engine(name, max_loras_per_batch=2, max_num_seqs=6, max_num_batched_tokens=40)
-    requests = [
-        Request(key, prompt, Sampling(TOKENS, temperature=0), None if a is None else one.adapters[a].sha256)
-        for key, (prompt, a) in enumerate(rows)
-    ]
+    requests = requests_of(one, rows)
     results = {**answer(engine, requests[:12]), **answer(engine, requests[12:])}
     for key, tokens in enumerate(expected):
         assert results[key].completions[0].token_ids == tokens, f"row {key}, adapter {rows[key][1]}"
@@ -101,10 +57,7 @@ def test_prompts_that_attend_by_plain_products(
     rows = mixed_rows(seed=3)
     expected = peft_answers(one, rows)
     engine = make_engine(name, max_loras_per_batch=5, max_num_seqs=12, max_num_batched_tokens=200)
-    requests = [
-        Request(key, prompt, Sampling(TOKENS, temperature=0), None if a is None else one.adapters[a].sha256)
-        for key, (prompt, a) in enumerate(rows)
-    ]
+    requests = requests_of(one, rows)
     results = answer(engine, requests)
     for key, tokens in enumerate(expected):
         assert results[key].completions[0].token_ids == tokens, f"row {key}, adapter {rows[key][1]}"
@@ -133,10 +86,7 @@ def test_tiles_as_a_device_takes_them(
 
         monkeypatch.setattr("loramill.kernels.multi_lora.multi_lora_torch", on_device)
     engine = make_engine("qwen2", max_loras_per_batch=2, max_num_seqs=6, max_num_batched_tokens=40)
-    requests = [
-        Request(key, prompt, Sampling(tokens, temperature=0), None if a is None else one.adapters[a].sha256)
-        for key, (prompt, a) in enumerate(rows)
-    ]
+    requests = requests_of(one, rows, tokens)
     results = answer(engine, requests)
     for key, answered in enumerate(expected):
         assert results[key].completions[0].token_ids == answered[:tokens], f"row {key}, adapter {rows[key][1]}"
