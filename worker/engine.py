@@ -94,8 +94,9 @@ class Engine:
         """
         longest = len(request.prompt) + request.sampling.max_tokens
         limit = self.config.max_row_tokens or self.config.base.max_model_len
-        if request.adapter is not None and request.adapter not in self._adapters:
-            raise ValueError(f"adapter {request.adapter} is not registered with this engine")
+        for adapter, _ in request.mix:
+            if adapter not in self._adapters:
+                raise ValueError(f"adapter {adapter} is not registered with this engine")
         if not request.prompt or request.sampling.max_tokens < 1 or longest > limit:
             raise ValueError(f"prompt and max_tokens must be at least 1 and together at most {limit}, not {longest}")
         if request.key in self._rows:

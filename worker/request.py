@@ -42,16 +42,27 @@ class Sampling:
     """How many alternatives to report beside each chosen token; None reports nothing."""
 
 
+Mix = tuple[tuple[str, float], ...]
+"""What a row is answered by: the content hashes of adapters, each once, with the strength of each. () is the base."""
+
+
+def plain(adapter: str | None) -> Mix:
+    """One adapter as it was trained, or the base."""
+    return () if adapter is None else ((adapter, 1.0),)
+
+
 @dataclass(slots=True, frozen=True)
 class Request:
-    """One row: `prompt` (token ids, at least one) answered `sampling.n` times by `adapter`."""
+    """One row: `prompt` (token ids, at least one) answered `sampling.n` times by `mix`."""
 
     key: int
     """The row's number; the result carries it back."""
     prompt: list[int]
     sampling: Sampling
-    adapter: str | None = None
-    """Content hash of a registered adapter; None is the base model."""
+    mix: Mix = ()
+    """Of registered adapters."""
+    merged: bool = False
+    """Static: computed while the base's weights are those with the mix merged in. Dynamic otherwise."""
 
 
 @dataclass(slots=True, frozen=True)

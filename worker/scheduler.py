@@ -117,10 +117,10 @@ class Scheduler:
         loads: list[Load] = []
         kept: deque[Sequence] = deque()
         blocked: set[str] = set()
-        wanted = {s.request.adapter for s in self.waiting if s.request.adapter}
+        wanted = {adapter for s in self.waiting for adapter, _ in s.request.mix}
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
-            adapter = sequence.request.adapter
+            adapter = sequence.request.mix[0][0] if sequence.request.mix else None
             if adapter in blocked:
                 kept.append(sequence)
                 continue
@@ -178,8 +178,8 @@ class Scheduler:
         if sequence.place is not None:
             self.slabs.free(sequence.place, wipe=wipe)
             sequence.place = None
-        if sequence.request.adapter:
-            self.slots.release(sequence.request.adapter)
+        for adapter, _ in sequence.request.mix:
+            self.slots.release(adapter)
         self._admissible = True
 
 

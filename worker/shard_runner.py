@@ -15,7 +15,7 @@ from loramill.schemas.request import Row, parse_line, resolve_model
 from loramill.schemas.response import Answer, Choice, TokenInfo, error_line, ok_line
 from loramill.schemas.sampling import resolve_params
 from loramill.store.journal import DoneRow
-from loramill.worker.request import Completion, FinishReason, Request, Result, Sampling, TokenLogprob
+from loramill.worker.request import Completion, FinishReason, Request, Result, Sampling, TokenLogprob, plain
 
 WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
 FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
@@ -173,7 +173,7 @@ class ShardRunner:
             seed=job.seed,
         )
         self._next_key += 1
-        return Request(self._next_key, prompt, Sampling(**params), job.adapters[adapter] if adapter else None)
+        return Request(self._next_key, prompt, Sampling(**params), plain(job.adapters[adapter] if adapter else None))
 
     def _finish(self, result: Result) -> None:
         done = self._in_flight.pop(result.key)
@@ -188,7 +188,7 @@ class ShardRunner:
             prompt_tokens=result.prompt_tokens,
             model=done.row.model or job.base_name,
             adapter=done.adapter,
-            adapter_sha256=done.request.adapter,
+            adapter_sha256=done.request.mix[0][0] if done.request.mix else None,
         )
         line = ok_line(job.id, done.number, done.row, answer, int(time.time()))
         shard.finished.append(DoneRow(done.number, False, line, result.prompt_tokens, answer.completion_tokens))

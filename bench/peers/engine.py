@@ -13,7 +13,7 @@ from loramill.producer.plan import plan_order
 from loramill.worker.adapters import open_adapter
 from loramill.worker.engine import Engine, EngineConfig
 from loramill.worker.model import describe_base
-from loramill.worker.request import Request, Sampling
+from loramill.worker.request import Request, Sampling, plain
 
 
 class EngineRunner:
@@ -53,7 +53,7 @@ class EngineRunner:
         for number in self._order(rows, job):
             row = rows[number]
             sampling = Sampling(job.spec.output_tokens, temperature=0, ignore_eos=True)
-            self.model.add(Request(number, row.prompt, sampling, self._hashes.get(row.adapter)))
+            self.model.add(Request(number, row.prompt, sampling, plain(self._hashes.get(row.adapter))))
         tokens = {}
         while self.model.has_work:
             for result in self.model.step():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loramill.worker.engine import Engine
-from loramill.worker.request import Request, Result, Sampling
+from loramill.worker.request import Request, Result, Sampling, plain
 from tests.worker.parity import TOKENS, mixed_rows, peft_answers, requests_of
 
 
@@ -49,6 +49,6 @@ def test_adapters_do_change_the_answers(
     """Parity with PEFT would also hold if neither applied anything."""
     one = family("llama")
     hashes = [None, *(adapter.sha256 for adapter in one.adapters)]
-    requests = [Request(k, [5, 9, 11, 40], Sampling(TOKENS, temperature=0), h) for k, h in enumerate(hashes)]
+    requests = [Request(k, [5, 9, 11, 40], Sampling(TOKENS, temperature=0), plain(h)) for k, h in enumerate(hashes)]
     results = answer(make_engine(device="cuda", max_loras_per_batch=5), requests)
     assert len({tuple(r.completions[0].token_ids) for r in results.values()}) == len(hashes)

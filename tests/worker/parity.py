@@ -10,7 +10,7 @@ import peft
 import torch
 import transformers
 
-from loramill.worker.request import Request, Sampling
+from loramill.worker.request import Request, Sampling, plain
 
 TOKENS = 20
 
@@ -27,7 +27,7 @@ def mixed_rows(seed: int, count: int = 24) -> list[tuple[list[int], int | None]]
 def requests_of(one: Any, rows: list[tuple[list[int], int | None]], tokens: int = TOKENS) -> list[Request]:
     """The rows as the engine takes them, greedy."""
     return [
-        Request(key, prompt, Sampling(tokens, temperature=0), None if a is None else one.adapters[a].sha256)
+        Request(key, prompt, Sampling(tokens, temperature=0), () if a is None else plain(one.adapters[a].sha256))
         for key, (prompt, a) in enumerate(rows)
     ]
 

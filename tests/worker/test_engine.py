@@ -12,7 +12,7 @@ import torch
 from loramill.worker import scheduler
 from loramill.worker.engine import Engine
 from loramill.worker.model import ModelError
-from loramill.worker.request import FinishReason, Request, Result, Sampling
+from loramill.worker.request import FinishReason, Request, Result, Sampling, plain
 
 Answer = Callable[[Engine, list[Request]], dict[int, Result]]
 Make = Callable[..., Engine]
@@ -36,7 +36,7 @@ def test_a_sampled_row_gives_the_same_tokens_whatever_it_is_batched_with(
 ) -> None:
     hashes = [None, *(adapter.sha256 for adapter in family("llama").adapters)]
     rows = [
-        Request(k, prompt, Sampling(24, temperature=0.9, top_p=0.95, seed=k * 7, n=1 + k % 2), hashes[k % 6])
+        Request(k, prompt, Sampling(24, temperature=0.9, top_p=0.95, seed=k * 7, n=1 + k % 2), plain(hashes[k % 6]))
         for k, prompt in enumerate(prompts(18))
     ]
     together = tokens(answer(make_engine(max_loras_per_batch=3), rows))
@@ -44,7 +44,7 @@ def test_a_sampled_row_gives_the_same_tokens_whatever_it_is_batched_with(
     shuffled = random.Random(1).sample(rows, len(rows))
     chunked = tokens(answer(make_engine(max_loras_per_batch=1, max_num_seqs=5, max_num_batched_tokens=9), shuffled))
     assert together == alone == chunked
-    other = [Request(r.key, r.prompt, Sampling(24, temperature=0.9, seed=r.key * 7 + 1), r.adapter) for r in rows]
+    other = [Request(r.key, r.prompt, Sampling(24, temperature=0.9, seed=r.key * 7 + 1), r.mix) for r in rows]
     assert tokens(answer(make_engine(), other)) != together
 
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_queued_is_refused(family: Callable[[str], Any], make_eng
         (Request(1, [], Sampling(3)), "at least 1"),
         (Request(1, [5], Sampling(0)), "at least 1"),
         (Request(1, [5] * 200, Sampling(57)), "together at most 256"),
-        (Request(1, [5], Sampling(3), "feed"), "not registered"),
+        (Request(1, [5], Sampling(3), plain("feed")), "not registered"),
         (Request(1, [5], Sampling(3, stop=("x",))), "decode"),
     ]:
         with pytest.raises(ValueError, match=why):
@@ -158,7 +158,7 @@ def test_the_counters_add_up(family: Callable[[str], Any], make_engine: Make, an
     one = family("llama")
     engine = make_engine(max_loras_per_batch=2)
     rows = [
-        Request(k, prompt, Sampling(5, temperature=0, ignore_eos=True), one.adapters[k % 3].sha256)
+        Request(k, prompt, Sampling(5, temperature=0, ignore_eos=True), plain(one.adapters[k % 3].sha256))
         for k, prompt in enumerate(prompts(9))
     ]
     answer(engine, rows)

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.kernels.segments import BASE_SLOT
-from loramill.worker.request import Request, Sampling
+from loramill.worker.request import Request, Sampling, plain
 from loramill.worker.scheduler import Scheduler, Sequence
 from loramill.worker.slabs import Slabs
 from loramill.worker.slots import Slots
 
 
 def sequence(key: int, prompt: int, answer: int, adapter: str | None = None) -> Sequence:
-    return Sequence(Request(key, [7] * prompt, Sampling(max_tokens=answer), adapter), 0, [7] * prompt)
+    return Sequence(Request(key, [7] * prompt, Sampling(max_tokens=answer), plain(adapter)), 0, [7] * prompt)
 
 
 def scheduler(*, slots: int = 2, slabs: int = 4, tokens: int = 128, seqs: int = 4, budget: int = 16) -> Scheduler:

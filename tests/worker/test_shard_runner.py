@@ -97,7 +97,7 @@ def test_every_row_is_answered_once_under_its_number_and_started_in_the_given_or
 def test_a_request_has_the_rows_sampling_the_defaults_and_the_adapters_hash(engine, prompter) -> None:
     run(engine, prompter, [native(0, adapter="sql", top_k=3, seed=11), native(1, temperature=0)])
     first, second = engine.seen
-    assert (first.adapter, second.adapter) == ("abc123", None)
+    assert (first.mix, second.mix) == ((("abc123", 1.0),), ())
     assert (first.sampling.temperature, first.sampling.top_k, first.sampling.seed) == (0.5, 3, 11)
     assert second.sampling.temperature == 0
     assert second.sampling.seed not in (0, 7)  # made from the run's seed and the row's id
