@@ -13,7 +13,12 @@ BASE_MIX = -1
 """The mix of rows that no adapter touches."""
 
 Mix = tuple[tuple[int, float], ...]
-"""The slots that a row goes through, each with its weight."""
+"""The slots that a row goes through, each with its weight; () is the base's."""
+
+
+def only(slot: int) -> Mix:
+    """One slot, whole."""
+    return ((slot, 1.0),)
 
 
 @dataclass(slots=True, frozen=True)

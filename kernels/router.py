@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from loramill.kernels.mixes import BASE_MIX
+from loramill.kernels.mixes import BASE_MIX, Mix, number_mixes, only
 from loramill.kernels.multi_lora import Routing
 from loramill.kernels.plan import tile_height
 from loramill.kernels.routing import Mixes, TileRouting, route_host
-from loramill.kernels.segments import BASE_SLOT, segments_of
+from loramill.kernels.segments import segments_of
 
 
 class Router:
@@ -20,15 +20,22 @@ class Router:
     """
 
     def __init__(self, slots: int, device: torch.device, *, tiled: bool = False) -> None:
-        self._device = device
-        # Each slot is a mix of its own and of the same number, so the table never changes.
+        self._slots, self._device = slots, device
+        # Each slot is a mix of its own and of the same number: the table of every pass without a real mix.
         tiled = tiled or device.type != "cpu"
-        self._mixes = Mixes.of([((slot, 1.0),) for slot in range(slots)], slots, device) if tiled else None
+        self._plain = Mixes.of([only(slot) for slot in range(slots)], slots, device) if tiled else None
 
-    def route(self, runs: Iterable[tuple[int, int]]) -> Routing | TileRouting:
-        """The routing of consecutive `(slot, rows)` runs; BASE_SLOT's rows go through no adapter."""
-        if self._mixes is None:
+    def route(self, runs: Iterable[tuple[Mix, int]]) -> Routing | TileRouting:
+        """The routing of consecutive `(mix, rows)` runs; the rows of the mix () go through no adapter."""
+        if self._plain is None:
             return Routing(segments_of(runs), self._device)
-        mix_of_row = [BASE_MIX if slot == BASE_SLOT else slot for slot, rows in runs for _ in range(rows)]
+        runs = list(runs)
+        numbers, mixes = number_mixes([mix for mix, _ in runs])
+        table = self._plain
+        if all(len(mix) == 1 and mix[0][1] == 1.0 for mix in mixes):
+            numbers = [mix[0][0] if mix else BASE_MIX for mix, _ in runs]
+        else:
+            table = Mixes.of(mixes, self._slots, self._device)
+        mix_of_row = [number for number, (_, rows) in zip(numbers, runs, strict=True) for _ in range(rows)]
         present = len(set(mix_of_row) - {BASE_MIX})
-        return route_host(mix_of_row, self._mixes, tile_height(len(mix_of_row), present))
+        return route_host(mix_of_row, table, tile_height(len(mix_of_row), present))

@@ -1,4 +1,4 @@
-"""Routing: which rows of a packed batch belong to which adapter slot. Pure: no torch."""
+"""Routing: which rows of a packed batch go through which adapter slots. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-BASE_SLOT = -1
-"""The slot of rows that no adapter touches."""
+from loramill.kernels.mixes import Mix
 
 
 class Segment(NamedTuple):
-    """Rows `start` to `end` (exclusive) of the batch, all of adapter slot `slot`."""
+    """Rows `start` to `end` (exclusive) of the batch, all through adapter slot `slot`, its delta times `weight`."""
 
     start: int
     end: int
     slot: int
+    weight: float = 1.0
 
 
-def segments_of(runs: Iterable[tuple[int, int]]) -> list[Segment]:
-    """Merge consecutive `(slot, rows)` runs into segments, leaving out the base model's rows and empty runs.
+def segments_of(runs: Iterable[tuple[Mix, int]]) -> list[Segment]:
+    """Merge consecutive `(mix, rows)` runs into segments, one for each member of a mix; the base's mix () has none.
 
-    A batch sorted by slot has one segment per adapter; an unsorted one is still routed right, in more pieces.
+    A batch sorted by mix has one run per mix; an unsorted one is still routed right, in more pieces.
     """
     segments: list[Segment] = []
-    start = 0
-    for slot, rows in runs:
-        end = start + rows
-        if rows and slot != BASE_SLOT:
-            if segments and segments[-1].slot == slot and segments[-1].end == start:
-                segments[-1] = Segment(segments[-1].start, end, slot)
-            else:
-                segments.append(Segment(start, end, slot))
-        start = end
+    start = end = 0
+    current: Mix = ()
+    for mix, rows in (*runs, ((), 1)):
+        if rows and mix != current:
+            segments.extend(Segment(start, end, slot, weight) for slot, weight in current)
+            start, current = end, mix
+        end += rows
     return segments
 
 
@@ -41,7 +39,8 @@ class Tiles:
     """Segments cut into tiles of `height` rows, the last one of each segment padded.
 
     `gather[t * height + i]` is the batch row at place `i` of tile `t` (a padded place repeats the segment's last
-    row), `rows[j]` the batch row that place `places[j]` answers, each routed row once; `slots[t]` is tile `t`'s slot.
+    row), `rows[j]` the batch row that place `places[j]` answers: each row once for every segment that it is in;
+    `slots[t]` and `weights[t]` are those of tile `t`'s segment.
     """
 
     height: int
@@ -49,10 +48,11 @@ class Tiles:
     places: list[int]
     rows: list[int]
     slots: list[int]
+    weights: list[float]
 
 
 def tiles_of(segments: Iterable[Segment], height: int) -> Tiles:
-    """Cut segments into tiles: each routed row lands in exactly one place.
+    """Cut segments into tiles: each row of each segment lands in exactly one place.
 
     Raises:
         ValueError: `height` is not positive.
@@ -63,7 +63,8 @@ def tiles_of(segments: Iterable[Segment], height: int) -> Tiles:
     places: list[int] = []
     rows: list[int] = []
     slots: list[int] = []
-    for start, end, slot in segments:
+    weights: list[float] = []
+    for start, end, slot, weight in segments:
         for first in range(start, end, height):
             last = min(first + height, end)
             places.extend(range(len(gather), len(gather) + last - first))
@@ -71,4 +72,5 @@ def tiles_of(segments: Iterable[Segment], height: int) -> Tiles:
             gather.extend(range(first, last))
             gather.extend([last - 1] * (height - (last - first)))
             slots.append(slot)
-    return Tiles(height, gather, places, rows, slots)
+            weights.append(weight)
+    return Tiles(height, gather, places, rows, slots, weights)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from loramill.kernels.segments import BASE_SLOT
-from loramill.worker.request import Request, TokenLogprob
+from loramill.kernels.mixes import Mix as SlotMix
+from loramill.worker.request import Mix, Request, TokenLogprob
 from loramill.worker.slabs import Place, Slabs
 from loramill.worker.slots import Load, Slots
 
 GROWTH_TOKENS = 256
 """How far beyond its prompt a row reserves cache at once; longer answers grow into larger rows as they come."""
+PATIENCE = 4096
+"""Passes that the first waiting row may be passed over, before no other row is admitted until it has had its turn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +28,8 @@ class Sequence:
     """Prompt and what was generated so far."""
     computed: int = 0
     """How many of `tokens` have their keys and values in the cache."""
-    slot: int = BASE_SLOT
+    slots: SlotMix = ()
+    """The slots of its mix while it runs, none if the mix is merged."""
     place: Place | None = None
     started: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -37,6 +41,11 @@ class Sequence:
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def weights(self) -> Mix:
+        """The mix that must be merged into the base's weights while this runs."""
+        return self.request.mix if self.request.merged else ()
 
     @property
     def longest(self) -> int:
@@ -54,8 +63,10 @@ class Chunk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One forward pass: first carry out `loads`, then compute `chunks`, which are sorted by adapter slot."""
+    """One forward pass: see that `weights` is what is merged into the base, carry out `loads`, then compute `chunks`,
+    which are sorted by mix."""
 
+    weights: Mix
     loads: list[Load]
     chunks: list[Chunk]
 
@@ -63,8 +74,9 @@ class Step(NamedTuple):
 class Scheduler:
     """Continuous batching under a token budget, a sequence limit, a slot limit and the cache's room.
 
-    Rows are admitted in the order in which they were added, except that a row whose adapter can have no slot now is
-    passed over. A running row always goes on; when the cache is full the youngest one starts over later.
+    Rows are admitted in the order in which they were added, except that a row whose adapters can have no slots now, or
+    that needs other weights merged than are, is passed over. The weights change when no row runs. A running row always
+    goes on; when the cache is full the youngest one starts over later.
     """
 
     def __init__(self, slots: Slots, slabs: Slabs, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -80,6 +92,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.weights: Mix = ()
+        """What is merged into the base's weights."""
+        self._passed_over = 0  # passes since the first waiting row last changed
+        self._first: Sequence | None = None
         self._admissible = False  # something changed since admission last came to a stop
 
     def add(self, sequence: Sequence) -> None:
@@ -98,8 +114,8 @@ class Scheduler:
                     chunks.append(_chunk(sequence, budget))
                     budget -= chunks[-1].size
         loads = self._admit(budget, chunks) if budget and self._admissible else []
-        chunks.sort(key=lambda chunk: chunk.sequence.slot)
-        return Step(loads, chunks)
+        chunks.sort(key=lambda chunk: chunk.sequence.slots)
+        return Step(self.weights, loads, chunks)
 
     def finish(self, sequence: Sequence, *, failed: bool = False) -> None:
         """A running sequence is done: its cache room and its hold on the adapter go."""
@@ -113,43 +129,75 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s.request.key in begun)
         return dropped
 
+    @property
+    def wanted(self) -> set[str]:
+        """The adapters that waiting rows need in slots."""
+        return {adapter for s in self.waiting if not s.request.merged for adapter, _ in s.request.mix}
+
     def _admit(self, budget: int, chunks: list[Chunk]) -> list[Load]:
+        """Start waiting rows: what to load for them; they are added to `chunks`."""
         loads: list[Load] = []
-        kept: deque[Sequence] = deque()
-        blocked: set[str] = set()
-        wanted = {adapter for s in self.waiting for adapter, _ in s.request.mix}
+        self._choose_weights()
+        impatient = self._passed_over > PATIENCE
+        budget = self._start(budget, chunks, loads, () if impatient else self.wanted, only_first=impatient)
+        if not self.running:
+            # Mixes can hold each other up, each with a part of what the others need.
+            budget = self._start(budget, chunks, loads, (), only_first=False)
+        self._admissible = bool(self.waiting) and not budget
+        return loads
+
+    def _start(
+        self, budget: int, chunks: list[Chunk], loads: list[Load], kept_adapters: Container[str], *, only_first: bool
+    ) -> int:
+        """Start every row that can be, or none if the first cannot: what is left of the budget."""
+        passed: deque[Sequence] = deque()
+        blocked: set[Mix] = set()
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
-            adapter = sequence.request.mix[0][0] if sequence.request.mix else None
-            if adapter in blocked:
-                kept.append(sequence)
-                continue
-            if adapter and self.slots.slot(adapter) is None:
+            if sequence.weights == self.weights and sequence.request.mix not in blocked:
                 # Cache room first: a load whose row then cannot start would evict for nothing.
                 place = self._reserve(sequence)
-                load = self.slots.place(adapter, wanted) if place else None
-                if load is None:
-                    if place:
-                        self.slabs.free(place)
-                        blocked.add(adapter)
-                        kept.append(sequence)
-                        continue
+                if place is None:
                     self.waiting.appendleft(sequence)
                     break
-                loads.append(load)
-            elif (place := self._reserve(sequence)) is None:
-                self.waiting.appendleft(sequence)
+                if self._take_slots(sequence, kept_adapters, loads):
+                    sequence.place = place
+                    sequence.started = True
+                    self.running.append(sequence)
+                    chunks.append(_chunk(sequence, budget))
+                    budget -= chunks[-1].size
+                    continue
+                self.slabs.free(place)
+                blocked.add(sequence.request.mix)
+            passed.append(sequence)
+            if only_first:
                 break
-            sequence.place = place
-            sequence.slot = self.slots.acquire(adapter) if adapter else BASE_SLOT
-            sequence.started = True
-            self.running.append(sequence)
-            chunks.append(_chunk(sequence, budget))
-            budget -= chunks[-1].size
-        self._admissible = bool(self.waiting) and not budget
-        kept.extend(self.waiting)
-        self.waiting = kept
-        return loads
+        passed.extend(self.waiting)
+        self.waiting = passed
+        return budget
+
+    def _choose_weights(self) -> None:
+        """What is merged changes when nothing runs and no row that waits can use it, or the first has waited long."""
+        if not self.waiting:
+            return
+        if self.waiting[0] is not self._first:
+            self._first, self._passed_over = self.waiting[0], 0
+        self._passed_over += 1
+        idle = not self.running
+        if idle and (self._passed_over > PATIENCE or all(s.weights != self.weights for s in self.waiting)):
+            self.weights = self.waiting[0].weights
+
+    def _take_slots(self, sequence: Sequence, wanted: Container[str], loads: list[Load]) -> bool:
+        """Give a sequence the slots of its mix, adding to `loads`; False when it can have none now."""
+        if sequence.request.merged:
+            return True
+        adapters = [adapter for adapter, _ in sequence.request.mix]
+        placed = self.slots.place(adapters, wanted)
+        if placed is None:
+            return False
+        loads += placed
+        sequence.slots = tuple((self.slots.acquire(adapter), weight) for adapter, weight in sequence.request.mix)
+        return True
 
     def _reserve(self, sequence: Sequence) -> Place | None:
         room = sequence.longest
@@ -178,8 +226,10 @@ class Scheduler:
         if sequence.place is not None:
             self.slabs.free(sequence.place, wipe=wipe)
             sequence.place = None
-        for adapter, _ in sequence.request.mix:
-            self.slots.release(adapter)
+        if not sequence.request.merged:
+            for adapter, _ in sequence.request.mix:
+                self.slots.release(adapter)
+        sequence.slots = ()
         self._admissible = True
 
 

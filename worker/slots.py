@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
+
+NextUse = Callable[[str], float]
+"""How far off the next row is that asks for an adapter and has not come yet; infinity if none will."""
+
+
+class Eviction(StrEnum):
+    """Which adapter goes when another needs its place."""
+
+    PLAN = "plan"
+    """The one that is needed last, by what is known of the rows to come (Belady); of those, the least recently used."""
+    LRU = "lru"
+    """The least recently used."""
+    FIFO = "fifo"
+    """The one that came first."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -18,15 +34,28 @@ class Load:
 class Slots:
     """A hard limit of `capacity` adapters resident at once.
 
-    An adapter with running rows is never evicted. Among the others the first to go are those that nobody waits for,
-    least recently used first; one that rows still wait for stays, since a job sorted by adapter comes to it next.
+    An adapter with running rows is never evicted, nor one that is pinned, whose slot is kept for it from the start. By
+    plan, one that rows wait for stays too: a job sorted by adapter comes to it next.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        eviction: Eviction = Eviction.PLAN,
+        pinned: Iterable[str] = (),
+        next_use: NextUse = lambda adapter: inf,
+    ) -> None:
+        """Raises ValueError for no slots, or more pinned adapters than slots."""
         if capacity < 1:
             raise ValueError(f"max_loras_per_batch must be at least 1, not {capacity}")
         self.capacity = capacity
-        self._slot_of: dict[str, int] = {}  # least recently placed first
+        self.pinned = frozenset(pinned)
+        if len(self.pinned) > capacity:
+            raise ValueError(f"{len(self.pinned)} adapters are pinned, and there are {capacity} slots")
+        self._eviction = eviction
+        self._next_use = next_use
+        self._slot_of: dict[str, int] = {}  # least recently used first
+        self._came: dict[str, None] = {}  # first come first
         self._running: dict[str, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -39,21 +68,31 @@ class Slots:
         """The adapter's slot, or None when it is not resident."""
         return self._slot_of.get(adapter)
 
-    def place(self, adapter: str, wanted: Container[str]) -> Load | None:
-        """Give a non-resident adapter a slot, or None when every slot is in use.
+    def fits(self, adapters: Collection[str]) -> bool:
+        """Whether these adapters can ever be resident together."""
+        return len(self.pinned.union(adapters)) <= self.capacity
+
+    def place(self, adapters: Sequence[str], wanted: Container[str] = ()) -> list[Load] | None:
+        """Make these adapters resident together: what to load, or None when too many slots are in use.
 
         `wanted`: adapters that rows wait for.
         """
-        evicted = None
-        if self._free:
-            slot = self._free.pop()
-        else:
-            evicted = next((a for a in self._slot_of if not self._running.get(a) and a not in wanted), None)
-            if evicted is None:
-                return None
-            slot = self._slot_of.pop(evicted)
-        self._slot_of[adapter] = slot
-        return Load(adapter, slot, evicted)
+        missing = [a for a in adapters if a not in self._slot_of]
+        kept_free = len(self.pinned.difference(self._slot_of, adapters))
+        short = len(missing) + kept_free - len(self._free)
+        leaving = self._leaving(set(adapters), wanted)[:short] if short > 0 else []
+        if len(leaving) < short:
+            return None
+        loads = []
+        for adapter in missing:
+            evicted = leaving.pop(0) if leaving else None
+            slot = self._free.pop() if evicted is None else self._slot_of.pop(evicted)
+            if evicted is not None:
+                del self._came[evicted]
+            self._slot_of[adapter] = slot
+            self._came[adapter] = None
+            loads.append(Load(adapter, slot, evicted))
+        return loads
 
     def acquire(self, adapter: str) -> int:
         """One more running row of a resident adapter: its slot."""
@@ -69,3 +108,17 @@ class Slots:
             self._running[adapter] = left
         else:
             del self._running[adapter]
+
+    def drop(self, adapter: str) -> None:
+        """An adapter without running rows gives its slot back; one that is not resident stays so."""
+        if adapter in self._slot_of:
+            self._free.append(self._slot_of.pop(adapter))
+            del self._came[adapter]
+
+    def _leaving(self, needed: Container[str], wanted: Container[str]) -> list[str]:
+        """Who may be evicted, the first to go first."""
+        order = self._came if self._eviction is Eviction.FIFO else self._slot_of
+        idle = [a for a in order if a not in self._running and a not in needed and a not in self.pinned]
+        if self._eviction is not Eviction.PLAN:
+            return idle
+        return sorted((a for a in idle if a not in wanted), key=lambda a: -self._next_use(a))

@@ -33,7 +33,7 @@ QUEUE_SIDE = {"loramill.worker.shard_runner"}
 LAZY = {"producer": {"torch", "transformers"}}
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
-PURE = ("worker/scheduler.py", "worker/slots.py", "producer/plan.py")
+PURE = ("worker/forecast.py", "worker/scheduler.py", "worker/slots.py", "producer/plan.py")
 PURE_LIBRARY = {
     *("__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math"),
     *("numpy", "operator", "typing"),

@@ -11,25 +11,28 @@ import torch
 from torch import Tensor
 
 from loramill.kernels.check import LiveRanks
-from loramill.kernels.mixes import number_mixes
+from loramill.kernels.mixes import Mix, number_mixes, only
 from loramill.kernels.multi_lora import Routing, multi_lora, multi_lora_reference
 from loramill.kernels.router import Router
 from loramill.kernels.routing import Mixes, route_host
-from loramill.kernels.segments import BASE_SLOT, Segment, segments_of
+from loramill.kernels.segments import Segment, segments_of
 
 CPU = torch.device("cpu")
 SLOTS, RANK, K = 6, 24, 40
 BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-MIXES = {
-    "identical": [(2, 130)],
-    "distinct": [(s, 1) for s in range(SLOTS)],
-    "uniform": [(s, 17) for s in range(SLOTS)],
-    "zipf": [(0, 60), (1, 30), (2, 20), (3, 15), (4, 12), (5, 10)],
-    "long": [(0, 100), (3, 63), (5, 200)],
-    "base among them": [(BASE_SLOT, 5), (1, 15), (3, 1), (BASE_SLOT, 2)],
-    "unsorted": [(4, 3), (1, 2), (4, 9), (0, 1)],
-    "base only": [(BASE_SLOT, 7)],
-    "one row": [(5, 1)],
+MIXES: dict[str, list[tuple[Mix, int]]] = {
+    "identical": [(only(2), 130)],
+    "distinct": [(only(s), 1) for s in range(SLOTS)],
+    "uniform": [(only(s), 17) for s in range(SLOTS)],
+    "zipf": [(only(0), 60), (only(1), 30), (only(2), 20), (only(3), 15), (only(4), 12), (only(5), 10)],
+    "long": [(only(0), 100), (only(3), 63), (only(5), 200)],
+    "base among them": [((), 5), (only(1), 15), (only(3), 1), ((), 2)],
+    "unsorted": [(only(4), 3), (only(1), 2), (only(4), 9), (only(0), 1)],
+    "base only": [((), 7)],
+    "one row": [(only(5), 1)],
+    "strengths": [(((0, 0.5),), 3), (((0, -2.0),), 4), (only(0), 2), (((3, 0.25),), 5)],
+    "mixed": [(only(0), 4), (((0, 0.5), (2, 1.5)), 20), (((1, 1.0), (0, 1.0), (5, -1.0)), 3), ((), 2), (only(2), 9)],
+    "mixed, long": [(((0, 0.5), (2, 1.5)), 70), (((2, 1.0), (3, 0.5)), 90)],
 }
 RANKS = [[24, 24, 24], [8, 8, 8], [1, 3, 24], [0, 16, 0], [0, 0, 0], [5, 0, 2]]
 """Rank of each sibling in each slot: mixed, partly untouched, and one slot that touches none."""
@@ -56,7 +59,7 @@ def live(ranks: list[list[int]]) -> LiveRanks:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("widths", [(32,), (24, 8, 8)], ids=["single", "siblings"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_every_form_equals_the_formula(mix: list[tuple[int, int]], widths: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_every_form_equals_the_formula(mix: list[tuple[Mix, int]], widths: tuple[int, ...], dtype: torch.dtype) -> None:
     a, b = weights(widths, dtype)
     rows = sum(n for _, n in mix)
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(4)).to(dtype)
@@ -75,8 +78,8 @@ def test_every_form_equals_the_formula(mix: list[tuple[int, int]], widths: tuple
         error = (y.double() - expected).norm() / expected.norm()
         assert error < BOUNDS[dtype]
         untouched = torch.ones(rows, dtype=torch.bool)
-        for start, end, slot in segments:
-            untouched[start:end] = not any(ranks[slot])
+        for start, end, slot, _ in segments:
+            untouched[start:end] &= not any(ranks[slot])
         assert torch.equal(y[untouched], base[untouched]), "rows of no adapter must stay bit for bit"
 
 
@@ -84,6 +87,8 @@ def test_the_mixes_reach_both_forms() -> None:
     forms = {name: Routing(segments_of(mix), CPU).by_segment for name, mix in MIXES.items()}
     assert forms["identical"]
     assert forms["long"]
+    assert forms["mixed, long"]
+    assert not forms["mixed"]
     assert not forms["distinct"]
     assert not forms["zipf"]
 
@@ -93,7 +98,7 @@ def test_a_row_of_nan_stays_alone() -> None:
     x = torch.ones(34, K)
     x[3] = float("nan")
     y = torch.zeros(34, 32)
-    multi_lora(y, x, a, b, [32], live([[24]] * SLOTS), Routing(segments_of([(0, 17), (1, 17)]), CPU))
+    multi_lora(y, x, a, b, [32], live([[24]] * SLOTS), Routing(segments_of([(only(0), 17), (only(1), 17)]), CPU))
     assert y[3].isnan().all()
     assert torch.isfinite(y[torch.arange(34) != 3]).all()
 
@@ -109,10 +114,12 @@ def test_a_cpu_routes_mixes_by_tiles() -> None:
             multi_lora_reference(delta, x[row : row + 1], a, b, (24, 8, 8), [Segment(0, 1, slot)])
             expected[row] += weight * delta[0]
     mix_of_row, different = number_mixes(mixes)
-    y = base.clone()
-    multi_lora(y, x, a, b, (24, 8, 8), live(RANKS), route_host(mix_of_row, Mixes.of(different, SLOTS, CPU), 16))
-    assert (y.double() - expected).norm() / expected.norm() < 1e-6
-    assert torch.equal(y[[1, 3]], base[[1, 3]])
+    by_table = route_host(mix_of_row, Mixes.of(different, SLOTS, CPU), 16)
+    for routing in (by_table, Router(SLOTS, CPU, tiled=True).route((mix, 1) for mix in mixes)):
+        y = base.clone()
+        multi_lora(y, x, a, b, (24, 8, 8), live(RANKS), routing)
+        assert (y.double() - expected).norm() / expected.norm() < 1e-6
+        assert torch.equal(y[[1, 3]], base[[1, 3]])
 
 
 @pytest.mark.parametrize(
@@ -138,14 +145,14 @@ def test_a_cpu_routes_mixes_by_tiles() -> None:
         ({"routing": Routing([Segment(0, 4, SLOTS)], CPU)}, r"routing must name slots from 0 to 5, not \[6\]"),
         ({"routing": Routing([Segment(0, 4, -2)], CPU)}, r"routing must name slots from 0 to 5, not \[-2\]"),
         ({"routing": Routing([Segment(0, 5, 0)], CPU)}, "routing must end within the 4 rows of x, not at 5"),
-        ({"routing": Router(SLOTS + 1, CPU, tiled=True).route([(6, 4)])}, "routing must be by mixes of 6 slots"),
-        ({"routing": Router(SLOTS, CPU, tiled=True).route([(0, 5)])}, r"x must be \[5, 40\]"),
+        ({"routing": Router(SLOTS + 1, CPU, tiled=True).route([(only(6), 4)])}, "routing must be by mixes of 6 slots"),
+        ({"routing": Router(SLOTS, CPU, tiled=True).route([(only(0), 5)])}, r"x must be \[5, 40\]"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], names: str) -> None:
     a, b = weights((32,), torch.float32)
     given = {"y": torch.zeros(4, 32), "x": torch.zeros(4, K), "a": a, "b": b, "widths": [32]}
-    given |= {"ranks": live([[1]] * SLOTS), "routing": Routing(segments_of([(0, 4)]), CPU), **change}
+    given |= {"ranks": live([[1]] * SLOTS), "routing": Routing(segments_of([(only(0), 4)]), CPU), **change}
     with pytest.raises(ValueError, match=names):
         multi_lora(**given)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loramill.kernels.mixes import only
 from loramill.kernels.multi_lora import Routing
 from loramill.kernels.segments import segments_of
 from loramill.worker import lora
@@ -33,7 +34,7 @@ class Attention(nn.Module):
 
 
 def batch(mix: list[tuple[int, int]]) -> Batch:
-    routing = Routing(segments_of(mix), CPU)
+    routing = Routing(segments_of((only(slot) if slot >= 0 else (), rows) for slot, rows in mix), CPU)
     return Batch(None, none, none, Places(none, none, none), none, routing, routing, [], [], none)  # type: ignore[arg-type]
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.kernels.segments import BASE_SLOT
-from loramill.worker.request import Request, Sampling, plain
-from loramill.worker.scheduler import Scheduler, Sequence
+from loramill.worker import scheduler as scheduler_module
+from loramill.worker.request import Mix, Request, Sampling, plain
+from loramill.worker.scheduler import Scheduler, Sequence, Step
 from loramill.worker.slabs import Slabs
-from loramill.worker.slots import Slots
+from loramill.worker.slots import Eviction, Load, Slots
 
 
 def sequence(key: int, prompt: int, answer: int, adapter: str | None = None) -> Sequence:
-    return Sequence(Request(key, [7] * prompt, Sampling(max_tokens=answer), plain(adapter)), 0, [7] * prompt)
+    return mixed(key, prompt, answer, plain(adapter))
+
+
+def mixed(key: int, prompt: int, answer: int, mix: Mix, *, merged: bool = False) -> Sequence:
+    return Sequence(Request(key, [7] * prompt, Sampling(max_tokens=answer), mix, merged), 0, [7] * prompt)
 
 
 def scheduler(*, slots: int = 2, slabs: int = 4, tokens: int = 128, seqs: int = 4, budget: int = 16) -> Scheduler:
@@ -29,9 +35,11 @@ def run(plan: Scheduler) -> list[list[tuple[int, int, int]]]:
         assert step.chunks, "work left and nothing scheduled"
         assert sum(chunk.size for chunk in step.chunks) <= plan.max_num_batched_tokens
         assert len(plan.running) <= plan.max_num_seqs
-        slots = [chunk.sequence.slot for chunk in step.chunks]
-        assert slots == sorted(slots)
-        assert len(set(slots) - {BASE_SLOT}) <= plan.slots.capacity
+        mixes = [chunk.sequence.slots for chunk in step.chunks]
+        assert mixes == sorted(mixes)
+        assert len({slot for mix in mixes for slot, _ in mix}) <= plan.slots.capacity
+        assert all(chunk.sequence.weights == step.weights for chunk in step.chunks)
+        assert all(len(c.sequence.slots) == (0 if step.weights else len(c.sequence.request.mix)) for c in step.chunks)
         plan.slabs.moves.clear()
         for one, start, size, samples in step.chunks:
             assert start == one.computed
@@ -95,6 +103,46 @@ def test_a_budget_below_one_token_a_row_is_refused() -> None:
         scheduler(seqs=8, budget=4)
 
 
+def test_the_weights_change_once_for_each_merged_mix_and_only_when_nothing_runs() -> None:
+    plan = scheduler(seqs=2)
+    a, b = (("a", 1.0),), (("b", 0.5),)
+    for key, (mix, merged) in enumerate([(a, True), ((), False), (b, True), (a, True), (a, False), (b, True)]):
+        plan.add(mixed(key, 2, 2, mix, merged=merged))
+    weights = []
+    schedule = plan.schedule
+
+    def noted() -> Step:
+        step = schedule()
+        if not weights or weights[-1] != step.weights:
+            weights.append(step.weights)
+        return step
+
+    plan.schedule = noted  # type: ignore[method-assign]
+    assert [sorted({key for key, _, _ in chunks}) for chunks in run(plan)] == [[1, 4]] * 2 + [[0, 3]] * 2 + [[2, 5]] * 2
+    assert weights == [(), a, b]
+
+
+@pytest.mark.parametrize("late", [mixed(1, 2, 1, (("a", 1.0),), merged=True), mixed(1, 2, 1, (("c", 1.0),))])
+def test_a_row_is_not_passed_over_for_ever(late: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others keep coming that could run before it."""
+    monkeypatch.setattr(scheduler_module, "PATIENCE", 10)
+    plan = scheduler(slots=2)
+    plan.add(sequence(0, 2, 3, "b"))
+    plan.add(late)
+    for key in range(2, 100):
+        plan.add(sequence(key, 2, 3, "ab"[key % 2]))
+        step = plan.schedule()
+        for chunk in step.chunks:
+            one = chunk.sequence
+            one.computed += chunk.size
+            one.tokens += [9] * chunk.samples
+            if one.generated == one.request.sampling.max_tokens:
+                plan.finish(one)
+        if late.generated:
+            return
+    pytest.fail("it never ran")
+
+
 rows = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.sampled_from([None, *"abcd"])), max_size=25)
 
 
@@ -111,6 +159,26 @@ def test_every_row_is_computed_whole_within_all_limits(
     assert not plan.slots._running
 
 
+weighted = st.tuples(st.sampled_from("abcd"), st.sampled_from([1.0, 0.5]))
+mixes = st.lists(weighted, max_size=3, unique_by=lambda member: member[0]).map(tuple)
+wants = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), mixes, st.booleans()), max_size=25)
+
+
+@given(wants, st.sampled_from(Eviction), st.integers(3, 4), st.integers(1, 4), st.sampled_from([2, 4096]))
+def test_every_mix_is_computed_whole_merged_or_not(
+    wanted: list[tuple[int, int, Mix, bool]], eviction: Eviction, slots: int, seqs: int, patience: int
+) -> None:
+    plan = Scheduler(Slots(slots, eviction), Slabs(3, 128), max_num_seqs=seqs, max_num_batched_tokens=16)
+    added = [mixed(k, prompt, answer, mix, merged=merged) for k, (prompt, answer, mix, merged) in enumerate(wanted)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scheduler_module, "PATIENCE", patience)
+        for one in added:
+            plan.add(one)
+        run(plan)
+    assert all(one.generated == one.request.sampling.max_tokens for one in added)
+    assert not plan.slots._running
+
+
 @given(rows, st.integers(1, 3))
 def test_a_job_sorted_by_adapter_loads_each_adapter_once(mix: list[tuple[int, int, str | None]], slots: int) -> None:
     plan = scheduler(slots=slots, slabs=8)
@@ -119,6 +187,12 @@ def test_a_job_sorted_by_adapter_loads_each_adapter_once(mix: list[tuple[int, in
         plan.add(sequence(key, prompt, answer, adapter))
     loaded: list[str] = []
     place = plan.slots.place
-    plan.slots.place = lambda adapter, wanted: (load := place(adapter, wanted)) and (loaded.append(adapter) or load)  # type: ignore[method-assign]
+
+    def noted(adapters: list[str], wanted: Container[str] = ()) -> list[Load] | None:
+        loads = place(adapters, wanted)
+        loaded.extend(load.adapter for load in loads or ())
+        return loads
+
+    plan.slots.place = noted  # type: ignore[method-assign]
     run(plan)
     assert sorted(loaded) == sorted({adapter for _, _, adapter in mix if adapter})
