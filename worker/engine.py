@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from loramill.kernels.router import Router
 from loramill.worker.adapters import Adapter
+from loramill.worker.answers import Answers
 from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache, bytes_per_token
+from loramill.worker.config import EngineConfig as EngineConfig
+from loramill.worker.forecast import Forecast
 from loramill.worker.memory import free_memory, keep_freed_memory
-from loramill.worker.model import BaseInfo, Model, ModelError
-from loramill.worker.request import Completion, EngineStats, FinishReason, Request, Result
+from loramill.worker.model import Model, ModelError
+from loramill.worker.request import EngineStats, Mix, Request, Result, Sampling
+from loramill.worker.residency import Residency
 from loramill.worker.sampling import Draw, draw
-from loramill.worker.scheduler import Scheduler, Sequence, Step
+from loramill.worker.scheduler import Chunk, Scheduler, Sequence
 from loramill.worker.slabs import Slabs, size_classes
-from loramill.worker.slots import Slots
 
 _MAX_SEQS = {"cpu": 128, "cuda": 256}
 _SLAB_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -25,24 +28,6 @@ _SLAB_TOKENS = {"cpu": 8192, "cuda": 65536}
 9.5 ms for 128 at once, one core). On a GPU few launches matter more."""
 _MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
 """How much of the memory that is free once the weights are loaded `kv_cache_memory=None` may take."""
-
-
-@dataclass(slots=True, frozen=True)
-class EngineConfig:
-    """How one engine runs."""
-
-    base: BaseInfo
-    dtype: str = "auto"
-    """auto (the checkpoint's), bfloat16, float16 or float32."""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu or cuda."""
-    max_loras_per_batch: int = 8
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int = 8192
-    kv_cache_memory: int | None = None
-    """Bytes; None takes what the rows can need, within a share of what is free."""
-    max_row_tokens: int | None = None
-    """The longest row to come, prompt and answer; None is the model's context."""
 
 
 class Engine:
@@ -73,62 +58,119 @@ class Engine:
         self._cache = KVCache(
             self._model.shapes, len(slabs) * slabs.tokens, self._model.dtype, torch.device(self.device)
         )
+        self._stats = EngineStats()
+        self._residency = Residency(self._model, config, self._stats)
         self._scheduler = Scheduler(
-            Slots(config.max_loras_per_batch),
+            self._residency.slots,
             slabs,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._router = Router(config.max_loras_per_batch, self._model.device)
-        self._adapters = {adapter.sha256: adapter for adapter in adapters}
-        self._decode = decode
-        self._rows: dict[int, list[Completion]] = {}
-        self._eos = frozenset(config.base.eos_token_ids)
-        self._stats = EngineStats()
+        self._answers = Answers(config.base.eos_token_ids, decode)
+        for adapter in adapters:
+            self.register(adapter)
 
     def add(self, request: Request) -> None:
         """Queue a row.
 
         Raises:
-            ValueError: its adapter is not registered, its prompt is empty, it is too long, or its key is in use.
+            ValueError: its mix cannot be had, its prompt is empty, it is too long, or its key is in use.
         """
         longest = len(request.prompt) + request.sampling.max_tokens
         limit = self.config.max_row_tokens or self.config.base.max_model_len
-        for adapter, _ in request.mix:
-            if adapter not in self._adapters:
-                raise ValueError(f"adapter {adapter} is not registered with this engine")
+        if why := self._residency.refuses(request.mix, merged=request.merged):
+            raise ValueError(why)
         if not request.prompt or request.sampling.max_tokens < 1 or longest > limit:
             raise ValueError(f"prompt and max_tokens must be at least 1 and together at most {limit}, not {longest}")
-        if request.key in self._rows:
-            raise ValueError(f"row {request.key} is being answered already")
-        if request.sampling.stop and self._decode is None:
-            raise ValueError("stop strings need the engine to be made with `decode`")
-        self._rows[request.key] = []
+        self._answers.open(request)
         for index in range(request.sampling.n):
             self._scheduler.add(Sequence(request, index, list(request.prompt)))
 
     @torch.inference_mode()
     def step(self) -> list[Result]:
         """Run one forward pass; the rows that it finished. Nothing to do is an empty list."""
+        return self._pass()[0]
+
+    @torch.inference_mode()
+    def next_logits(self, prompt: list[int], mix: Mix = (), *, merged: bool = False) -> Tensor:
+        """What the model says follows `prompt`: [vocab] float32. For an engine without rows.
+
+        Raises:
+            ValueError: as for `add`; or the mix could not be had.
+        """
+        if self.has_work:
+            raise ValueError("the engine has rows to answer")
+        self.add(Request(-1, prompt, Sampling(1, temperature=0), mix, merged))
+        while True:
+            results, logits = self._pass()
+            if results:
+                break
+        if logits is None:
+            raise ValueError(results[0].error)
+        return logits[0].float()
+
+    def _pass(self) -> tuple[list[Result], Tensor | None]:
+        """One pass: the rows that it finished, and the logits [O, vocab] of those that got a token."""
         scheduler = self._scheduler
         step = scheduler.schedule()
+        failed = self._fail_rows_of(self._residency.prepare(step, scheduler))
         self._cache.carry_out(scheduler.slabs.moves)
         scheduler.slabs.moves.clear()
-        self._load(step)
-        if not step.chunks:
-            return []
-        logits = self._model.forward(pack(step.chunks, scheduler.slabs, self._cache, self._router, self._model.device))
-        for chunk in step.chunks:
+        chunks = [chunk for chunk in step.chunks if chunk.sequence.place is not None] if failed else step.chunks
+        if not chunks:
+            return failed, None
+        logits = self._model.forward(pack(chunks, scheduler.slabs, self._cache, self._router, self._model.device))
+        for chunk in chunks:
             chunk.sequence.computed += chunk.size
-        sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        self._count(step)
-        return self._emit(sampled, draw(logits, sampled)) if sampled else []
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        self._count(chunks)
+        return failed + (self._emit(sampled, draw(logits, sampled)) if sampled else []), logits
+
+    def register(self, adapter: Adapter) -> None:
+        """Rows may ask for this adapter from now on; the same content again changes nothing.
+
+        Raises:
+            ValueError: it is larger than the host memory for adapters.
+        """
+        self._residency.register(adapter)
+
+    def forget(self, sha256: str) -> None:
+        """Let an adapter go.
+
+        Raises:
+            ValueError: rows that are waiting or running ask for it.
+        """
+        using = {s.request.key for s in (*self._scheduler.waiting, *self._scheduler.running) if s.asks_for(sha256)}
+        if using:
+            raise ValueError(f"{len(using)} rows in the engine use adapter {sha256}")
+        self._residency.forget(sha256)
+
+    def watch(self, forecast: Forecast) -> None:
+        """Take account of rows to come, until `unwatch`."""
+        self._residency.watch(forecast)
+
+    def unwatch(self, forecast: Forecast) -> None:
+        """The rows of a forecast have come, or will not."""
+        self._residency.unwatch(forecast)
+
+    def preload(self) -> None:
+        """Read adapters into host memory, as many as it holds, the pinned ones first.
+
+        Raises:
+            AdapterError: one is no longer what it was when it was checked.
+        """
+        self._residency.preload()
+
+    def close(self) -> None:
+        """End the thread that reads adapters."""
+        self._residency.close()
 
     def cancel_waiting(self) -> list[int]:
         """Drop the rows that have not started; their keys."""
         keys = sorted({sequence.request.key for sequence in self._scheduler.cancel_waiting()})
         for key in keys:
-            del self._rows[key]
+            self._answers.drop(key)
         return keys
 
     @property
@@ -154,71 +196,37 @@ class Engine:
         self._stats.resident = len(self._scheduler.slots.resident)
         return self._stats
 
-    def _load(self, step: Step) -> None:
-        for load in step.loads:
-            deltas = self._adapters[load.adapter].deltas()
-            for projection in self._model.projections:
-                projection.put(load.slot, deltas)
-            self._stats.adapter_evictions += load.evicted is not None
-        self._stats.adapter_loads += len(step.loads)
-        self._stats.waves += bool(step.loads) or not self._stats.steps
-
-    def _count(self, step: Step) -> None:
+    def _count(self, chunks: list[Chunk]) -> None:
+        self._stats.waves += not self._stats.steps and not self._stats.waves
         self._stats.steps += 1
-        for sequence, start, size, _ in step.chunks:
+        for sequence, start, size, _ in chunks:
             self._stats.prompt_tokens += max(0, min(size, len(sequence.request.prompt) - start))
 
     def _emit(self, sequences: list[Sequence], draws: list[Draw]) -> list[Result]:
         """Append the drawn tokens; collect the rows all of whose answers are now complete."""
         finished: list[Result] = []
         for sequence, (token, logprob) in zip(sequences, draws, strict=True):
-            request = sequence.request
-            if request.key not in self._rows:
+            if sequence.request.key not in self._answers:
                 continue  # another answer of this row failed in this very step
             if token is None:
                 finished.append(self._fail(sequence, "the model's output was not finite (NaN or infinity)"))
                 continue
-            sequence.tokens.append(token)
             self._stats.completion_tokens += 1
-            if logprob is not None:
-                sequence.logprobs.append(logprob)
-            reason, stop_string = self._ending(sequence, token)
-            if reason is None:
-                continue
-            self._scheduler.finish(sequence)
-            done = self._rows[request.key]
-            done.append(
-                Completion(
-                    index=sequence.index,
-                    token_ids=sequence.tokens[len(request.prompt) :],
-                    finish_reason=reason,
-                    stop_string=stop_string,
-                    logprobs=sequence.logprobs if request.sampling.logprobs is not None else None,
-                )
-            )
-            if len(done) == request.sampling.n:
-                del self._rows[request.key]
-                done.sort(key=lambda completion: completion.index)
-                finished.append(Result(request.key, len(request.prompt), done))
+            if self._answers.append(sequence, token, logprob):
+                self._scheduler.finish(sequence)
+                finished.extend(self._answers.collect(sequence.request))
         return finished
 
-    def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
-        sampling = sequence.request.sampling
-        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
-            return FinishReason.STOP, None
-        if sampling.stop and self._decode is not None:
-            # Enough of the tail for the longest stop string (a token is a byte or more), and some for its first
-            # token to be decoded as it is in the whole.
-            window = max(len(stop.encode()) for stop in sampling.stop) + 8
-            tail = self._decode(sequence.tokens[max(len(sequence.request.prompt), len(sequence.tokens) - window) :])
-            found = [(tail.index(stop), stop) for stop in sampling.stop if stop in tail]
-            if found:
-                return FinishReason.STOP, min(found)[1]
-        if sequence.generated >= sampling.max_tokens:
-            return FinishReason.LENGTH, None
-        return None, None
+    def _fail_rows_of(self, adapters: Mapping[str, str]) -> list[Result]:
+        """End every row that asks for an adapter that cannot be had, for which `adapters` says why."""
+        failed = []
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            why = next((adapters[adapter] for adapter, _ in sequence.request.mix if adapter in adapters), None)
+            if why is not None and sequence.request.key in self._answers:
+                failed.append(self._fail(sequence, why, code="adapter_unavailable"))
+        return failed
 
-    def _fail(self, sequence: Sequence, why: str) -> Result:
+    def _fail(self, sequence: Sequence, why: str, code: str = "engine_error") -> Result:
         """End a row with an error, its other answers included."""
         key = sequence.request.key
         scheduler = self._scheduler
@@ -226,8 +234,8 @@ class Engine:
             scheduler.finish(other, failed=True)
         for other in [s for s in scheduler.waiting if s.request.key == key]:
             scheduler.waiting.remove(other)
-        del self._rows[key]
-        return Result(key, len(sequence.request.prompt), [], error=why)
+        self._answers.drop(key)
+        return Result(key, len(sequence.request.prompt), [], error=why, code=code)
 
     def _make_slabs(self) -> Slabs:
         config, device = self.config, self.device

@@ -96,6 +96,27 @@ class Result:
     prompt_tokens: int
     completions: list[Completion]
     error: str | None = None
+    code: str = "engine_error"
+    """What kind of error: engine_error, or adapter_unavailable."""
+
+
+@dataclass(slots=True)
+class HostStats:
+    """Counters of the adapters in host memory."""
+
+    loads: int = 0
+    """Adapters read from disk."""
+    hits: int = 0
+    """Adapters that were there when a slot asked for one."""
+    evictions: int = 0
+    bytes_read: int = 0
+    """As they are packed."""
+    read_s: float = 0.0
+    """Reading, checking and packing, most of it beside the computing."""
+    waited_s: float = 0.0
+    """How long slots waited for it."""
+    most_bytes: int = 0
+    """The most held at once."""
 
 
 @dataclass(slots=True)
@@ -106,9 +127,16 @@ class EngineStats:
     completion_tokens: int = 0
     steps: int = 0
     adapter_loads: int = 0
+    """Into device slots."""
     adapter_evictions: int = 0
+    adapter_load_s: float = 0.0
+    """How long passes waited for adapters to be in their slots."""
+    merges: int = 0
+    """Times that the base's weights were made those with a mix merged in."""
+    merge_s: float = 0.0
     waves: int = 0
-    """Distinct sets of resident adapters that the run went through."""
+    """Distinct sets of resident adapters, and of merged weights, that the run went through."""
+    host: HostStats = field(default_factory=HostStats)
     preemptions: int = 0
     running: int = 0
     resident: int = 0

@@ -47,6 +47,10 @@ class Sequence:
         """The mix that must be merged into the base's weights while this runs."""
         return self.request.mix if self.request.merged else ()
 
+    def asks_for(self, adapter: str) -> bool:
+        """Whether the adapter is in its mix."""
+        return any(adapter == member for member, _ in self.request.mix)
+
     @property
     def longest(self) -> int:
         """Tokens that the cache may have to hold (the last token is never computed)."""
