@@ -32,8 +32,8 @@ def requests_of(one: Any, rows: list[tuple[list[int], int | None]], tokens: int 
     ]
 
 
-def peft_answers(one: Any, rows: list[tuple[list[int], int | None]], device: str = "cpu") -> list[list[int]]:
-    """What PEFT generates for each (prompt, adapter number or None for the base), row by row."""
+def peft_model(one: Any, device: str = "cpu") -> Any:
+    """The family in PEFT, its adapters named "0", "1", ..."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Eager attention: the only one of transformers' that honours Gemma 2's soft cap.
@@ -41,20 +41,33 @@ def peft_answers(one: Any, rows: list[tuple[list[int], int | None]], device: str
         model = peft.PeftModel.from_pretrained(base, one.adapter_folders[0], adapter_name="0")
         for number, folder in enumerate(one.adapter_folders[1:], 1):
             model.load_adapter(folder, str(number))
-        model.to(device, torch.float32).eval()
-        answers = []
-        for prompt, adapter in rows:
-            asked = {
-                "input_ids": torch.tensor([prompt], device=device),
-                "attention_mask": torch.ones(1, len(prompt), dtype=torch.long, device=device),
-                "max_new_tokens": TOKENS,
-                "do_sample": False,
-            }
-            if adapter is None:
-                with model.disable_adapter():
-                    output = model.generate(**asked)
-            else:
-                model.set_adapter(str(adapter))
-                output = model.generate(**asked)
-            answers.append(output[0, len(prompt) :].tolist())
+        return model.to(device, torch.float32).eval()
+
+
+def generate(model: Any, prompt: list[int]) -> list[int]:
+    """What it says greedily after the prompt."""
+    device = model.device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = model.generate(
+            input_ids=torch.tensor([prompt], device=device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=device),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+        )
+    answer: list[int] = output[0, len(prompt) :].tolist()
+    return answer
+
+
+def peft_answers(one: Any, rows: list[tuple[list[int], int | None]], device: str = "cpu") -> list[list[int]]:
+    """What PEFT generates for each (prompt, adapter number or None for the base), row by row."""
+    model = peft_model(one, device)
+    answers = []
+    for prompt, adapter in rows:
+        if adapter is None:
+            with model.disable_adapter():
+                answers.append(generate(model, prompt))
+        else:
+            model.set_adapter(str(adapter))
+            answers.append(generate(model, prompt))
     return answers
