@@ -196,6 +196,11 @@ class Engine:
         self._stats.resident = len(self._scheduler.slots.resident)
         return self._stats
 
+    def reset_stats(self) -> None:
+        """Count from zero again."""
+        self._stats = EngineStats()
+        self._residency.count_in(self._stats)
+
     def _count(self, chunks: list[Chunk]) -> None:
         self._stats.waves += not self._stats.steps and not self._stats.waves
         self._stats.steps += 1

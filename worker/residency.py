@@ -26,7 +26,6 @@ class Residency:
     def __init__(self, model: Model, config: EngineConfig, stats: EngineStats) -> None:
         self.slots = Slots(config.max_loras_per_batch, config.lora_eviction, config.pinned, self._next_row)
         self._model = model
-        self._stats = stats
         self._pinned = config.pinned
         self._host = HostTier(
             model.dtype,
@@ -37,12 +36,17 @@ class Residency:
             next_use=self._next_use,
             pinned=config.pinned,
         )
-        stats.host = self._host.stats
+        self.count_in(stats)
         self._adapters: dict[str, Adapter] = {}
         self._broken: dict[str, str] = {}
         self._forecasts: list[Forecast] = []
         self._wanted: frozenset[str] = frozenset()
         self._merged: Mix = ()
+
+    def count_in(self, stats: EngineStats) -> None:
+        """From now on these counters count."""
+        self._stats = stats
+        self._host.stats = stats.host
 
     def register(self, adapter: Adapter) -> None:
         """Rows may ask for it from now on; the same content again changes nothing.

@@ -1,0 +1,81 @@
+"""What passes cost here: a few of them, timed before a job starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from loramill.worker.engine import Engine
+from loramill.worker.request import Mix, Request, Sampling, plain
+
+PROMPT_TOKENS = 512
+"""Of a timed prefill, over all of its rows."""
+DECODES = 2
+_SMALL = 4  # the fraction of the rows at which decode is timed a second time
+
+
+@dataclass(slots=True, frozen=True)
+class PassTime:
+    """One pass of `tokens` prompt tokens or of `rows` decoding rows, over `adapters` adapters."""
+
+    seconds: float
+    tokens: int
+    rows: int
+    adapters: int
+
+
+@dataclass(slots=True)
+class Measured:
+    """Seconds of passes; of merging an adapter, of putting one into a slot, of reading one."""
+
+    passes: list[PassTime] = field(default_factory=list)
+    merge_s: float = 0.0
+    load_s: float = 0.0
+    read_s: float = 0.0
+
+
+def tokens_to_measure(max_num_seqs: int) -> int:
+    """About how many tokens `measure` computes."""
+    return 3 * (PROMPT_TOKENS + (DECODES + 1) * max_num_seqs)
+
+
+def measure(engine: Engine, adapters: Sequence[str]) -> Measured:
+    """Time prefill and decode at two sizes without adapters, with one and with as many as there are slots, and a merge.
+
+    `adapters` (content hashes, at least one) are those of the job that can be served both ways, the most used first.
+    The engine must be idle; its counters start anew.
+    """
+    measured = Measured()
+    most, few = engine.max_num_seqs, max(1, engine.max_num_seqs // _SMALL)
+    slots = engine.config.max_loras_per_batch - len(engine.config.pinned.difference(adapters))
+    one, many = [plain(adapters[0])], [plain(adapter) for adapter in adapters[:slots]]
+    _time(engine, Measured(), few, [()])  # the first passes fault memory in
+    sizes: list[tuple[int, Sequence[Mix]]] = [(most, [()]), (few, [()]), (most, one), (few, one)]
+    for rows, mixes in sizes + [(most, many)] * (len(many) > 1):
+        _time(engine, measured, rows, mixes)
+    stats = engine.stats
+    measured.load_s = (stats.adapter_load_s - stats.host.waited_s) / max(1, stats.adapter_loads)
+    measured.read_s = stats.host.read_s / max(1, stats.host.loads)
+    _time(engine, Measured(), 1, one, merged=True)
+    measured.merge_s = engine.stats.merge_s
+    engine.reset_stats()
+    return measured
+
+
+def _time(engine: Engine, measured: Measured, rows: int, mixes: Sequence[Mix], *, merged: bool = False) -> None:
+    longest = engine.config.max_row_tokens or engine.config.base.max_model_len
+    answer = min(DECODES + 1, longest - 1)
+    prompt = max(1, min(PROMPT_TOKENS // rows, longest - answer))
+    for row in range(rows):
+        # The rows of a mix side by side, as in a planned job.
+        mix = mixes[row * len(mixes) // rows]
+        engine.add(Request(-1 - row, [0] * prompt, Sampling(answer, temperature=0, ignore_eos=True), mix, merged))
+    while engine.has_work:
+        before, loading_s = engine.stats.prompt_tokens, engine.stats.adapter_load_s
+        began_s = time.perf_counter()
+        engine.step()
+        seconds = time.perf_counter() - began_s - (engine.stats.adapter_load_s - loading_s)
+        tokens = engine.stats.prompt_tokens - before
+        if tokens == rows * prompt or not tokens:  # neither a part of the prompts nor both kinds at once
+            measured.passes.append(PassTime(seconds, tokens, 0 if tokens else rows, len(set(mixes) - {()})))
