@@ -22,6 +22,7 @@ _COMPRESS_FROM = 512  # bytes; below it, zstd saves less than SQLite's own overh
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (part TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS decisions (name TEXT PRIMARY KEY, decision TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rows (
     row INTEGER PRIMARY KEY, failed INTEGER NOT NULL, line BLOB NOT NULL,
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL);
@@ -89,8 +90,19 @@ class Journal:
                 raise JournalMismatch(str(self.path), changed)
             if changed:
                 self._db.execute("DELETE FROM meta")
+                self._db.execute("DELETE FROM decisions")
                 self._db.executemany("INSERT INTO meta VALUES (?, ?)", wanted.items())
         fsync_folder(self.path.parent)
+
+    def decisions(self) -> dict[str, str]:
+        """What an earlier process decided for this job, and this one is to decide alike."""
+        with self._failures("read"):
+            return dict(self._db.execute("SELECT name, decision FROM decisions"))
+
+    def decide(self, decisions: Mapping[str, str]) -> None:
+        """Keeps decisions, all or none; what was decided before stays as it is."""
+        with self._failures("write"), self._transaction():
+            self._db.executemany("INSERT INTO decisions VALUES (?, ?) ON CONFLICT DO NOTHING", decisions.items())
 
     def commit(self, rows: Iterable[DoneRow]) -> None:
         """Makes `rows` durable, all or none. Rows that are there already are left alone."""

@@ -66,6 +66,19 @@ def test_a_journal_without_rows_is_nobodys(path: Path) -> None:
         Journal(path, {"input": "another"})
 
 
+def test_a_decision_stays_as_it_was_made_and_goes_with_its_job(path: Path) -> None:
+    journal = Journal(path, IDENTITY)
+    journal.decide({"a": "static", "b": "dynamic"})
+    journal.decide({"a": "dynamic", "c": "static"})
+    journal.close()
+    again = Journal(path, IDENTITY)
+    assert again.decisions() == {"a": "static", "b": "dynamic", "c": "static"}
+    again.close()
+    other = Journal(path, {**IDENTITY, "input": "other"})
+    assert other.decisions() == {}, "nobody's rows, so nobody's decisions"
+    other.close()
+
+
 def test_another_job_is_refused_with_each_part_that_differs(path: Path) -> None:
     first = Journal(path, IDENTITY)
     first.commit([row(0)])
