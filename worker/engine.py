@@ -156,7 +156,7 @@ class Engine:
 
     def _load(self, step: Step) -> None:
         for load in step.loads:
-            deltas = self._adapters[load.adapter].deltas()
+            deltas = self._adapters[load.adapter].packed(self._model.dtype).deltas
             for projection in self._model.projections:
                 projection.put(load.slot, deltas)
             self._stats.adapter_evictions += load.evicted is not None
