@@ -1,4 +1,4 @@
-"""What an adapter's tensors and its config each claim that it changes, under the base's names. Pure."""
+"""What an adapter's tensors and its config each claim that it changes, under the base's names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from loramill.worker.peft_config import LoraSettings
 from loramill.worker.tensor_names import LOW_RANK, Kind, Names, parse
 
 _WHOLE = {Kind.WEIGHT: "weight", Kind.BIAS: "bias", Kind.KEPT_WEIGHT: "weight", Kind.KEPT_BIAS: "bias"}
-_SHOWN = 5
+SHOWN = 5
+"""How many of many alike a message names."""
 
 
 class Claims:
@@ -122,5 +123,5 @@ class Claims:
 def some(names: Iterable[Any]) -> str:
     """A few of the names, and how many more there are."""
     names = sorted(map(str, names))
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,12 +1,16 @@
-"""A place for each of an adapter's tensors, and a tensor for each place that its config names. Pure."""
+"""A place for each of an adapter's tensors, and a tensor for each place that its config names.
+
+Names and shapes in, a plan and its problems out: nothing is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
-from loramill.worker.claims import Claims, some
+from loramill.worker.claims import SHOWN, Claims, some
 from loramill.worker.model import BaseInfo
 from loramill.worker.packed import Part, Target
 from loramill.worker.peft_config import LoraSettings
@@ -31,7 +35,10 @@ class Fit:
     """Tensors that have a place only if they repeat the base's own, with its name."""
     strays: list[str] = field(default_factory=list)
     """Tensors without a place."""
+    misfits: list[str] = field(default_factory=list)
+    """Pairs of other shapes than the base and the config want."""
     problems: list[str] = field(default_factory=list)
+    """All of them, the first few misfits included."""
 
     @property
     def parts(self) -> list[tuple[str, Part]]:
@@ -48,6 +55,9 @@ def fit(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings, base: Bas
     _place_pairs(claims, found)
     _place_whole(claims, found)
     _place_tokens(claims, found)
+    found.problems += found.misfits[:SHOWN]
+    if len(found.misfits) > SHOWN:
+        found.problems.append(f"{len(found.misfits) - SHOWN} more modules do not fit this base model either")
     found.problems += claims.disagreements()
     return found
 
@@ -126,7 +136,14 @@ def _place_pairs(claims: Claims, found: Fit) -> None:
         pairs.sort(key=lambda part: part.target)
         overlaps = [(one, other) for one, other in pairwise(pairs) if other.target.start < one.target.stop]
         found.problems += [f"{one.b} and {other.b} both change {module}" for one, other in overlaps]
-        found.targets[module] = Target(tuple(pairs), *linears[module])
+    # In the model's order, whatever the file's: that is how they are packed.
+    found.targets = {m: _shared(Target(tuple(parts[m]), *linears[m])) for m in base.linears if m in parts}
+
+
+@cache
+def _shared(target: Target) -> Target:
+    """The first of all equal ones, for adapters of one recipe to share: 10 KB each over 224 modules, not 122."""
+    return target
 
 
 def _parts(
@@ -140,7 +157,7 @@ def _parts(
         return []
     rank, rows = settings.rank(path), places[-1].source.stop
     if shapes[a] != (rank, columns) or shapes[b] != (rows, rank):
-        found.problems.append(
+        found.misfits.append(
             f"{where}: lora_A {list(shapes[a])} and lora_B {list(shapes[b])} must be [{rank}, {columns}] and "
             f"[{rows}, {rank}] for this base model and the config's rank"
         )

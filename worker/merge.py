@@ -18,12 +18,13 @@ class MergeError(Exception):
 class Merged:
     """What is merged into `model`. The base's own tensors are never written: merged ones stand in for them."""
 
-    def __init__(self, model: nn.Module, projections: Sequence[FusedLinear], embedding: str | None) -> None:
-        self._model, self._projections, self._embedding = model, projections, embedding
+    def __init__(
+        self, model: nn.Module, projections: Sequence[FusedLinear], embedding: str | None, device: torch.device
+    ) -> None:
+        self._model, self._projections, self._embedding, self._device = model, projections, embedding, device
         self._in_projections = {
             f"{name}.{part}" for projection in projections for name in projection.names for part in ("weight", "bias")
         }
-        self._device = next(model.parameters()).device
         self._own: dict[str, nn.Parameter] = {}
 
     @torch.no_grad()

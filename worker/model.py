@@ -141,7 +141,7 @@ class Model:
         self.dtype: torch.dtype = model.dtype
         self._model = model.to(self.device).eval()
         self.projections: list[FusedLinear] = install(self._model, slots)
-        self._merged = Merged(self._model, self.projections, base.embedding)
+        self._merged = Merged(self._model, self.projections, base.embedding, self.device)
         self.shapes = self._probe()
 
     def merge(self, patches: Patches) -> None:
