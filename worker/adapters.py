@@ -6,45 +6,23 @@ would answer with something between the adapter and the base model without sayin
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from loramill.worker.lora import Delta
+from loramill.worker.claims import some
+from loramill.worker.fit import Fit, fit, reasons
 from loramill.worker.model import BaseInfo, base_tensor
+from loramill.worker.packed import Packed, Target, pack
+from loramill.worker.patch import LowRank, Patch, Tokens
 from loramill.worker.peft_config import LoraSettings, PeftConfigError, read_settings
+from loramill.worker.tensor_file import CONFIG, WEIGHTS, AdapterError, TensorFiles, read, read_config
+from loramill.worker.tensor_names import Rows
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-_TENSOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
-_WEIGHT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight$")
-_DTYPES = {"F64", "F32", "F16", "BF16"}
-_SHOWN = 5
-
-
-class AdapterError(Exception):
-    """An adapter that cannot be served; `problems` has every reason, one line each."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("; ".join(self.problems))
-
-
-@dataclass(slots=True, frozen=True)
-class Target:
-    """One projection that an adapter changes: its tensors' names, rank and scale (alpha / rank, or / sqrt(rank))."""
-
-    a: str
-    b: str
-    rank: int
-    scale: float
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterError", "open_adapter"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,22 +34,57 @@ class Adapter:
     rank: int
     """The largest over its modules."""
     targets: Mapping[str, Target]
-    """By module path in the base model."""
+    """Linear layers' low-rank pairs, by module path in the base model."""
+    embeddings: Mapping[str, Target]
+    """The same of embeddings."""
+    replaced: Mapping[str, str]
+    """Parameters that were saved whole: the base's name -> the tensor's."""
+    tokens: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Rows of an embedding or head that were trained by themselves: module path -> tensor, token ids."""
+    vocab_size: int
+    """Rows of embedding and head where training added tokens, otherwise 0."""
+    static_only: tuple[str, ...]
+    """Why it can only be served merged, alone and at strength 1; empty where it can be served either way."""
 
-    def deltas(self) -> dict[str, Delta]:
-        """Read the weights: a [rank, in] and b [out, rank], the scale folded into b in float32.
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """What `packed` will take."""
+        return sum(target.numbers for target in self.targets.values()) * dtype.itemsize
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the base's parameters that merging it changes."""
+        weights = {f"{module}.weight" for module in (*self.targets, *self.embeddings, *self.tokens)}
+        biases = {f"{module}.bias" for module, target in self.targets.items() if any(p.bias for p in target.parts)}
+        return frozenset(weights | biases | set(self.replaced))
+
+    def packed(self, dtype: torch.dtype, *, pin: bool = False) -> Packed:
+        """Read what dynamic serving needs, in memory that a device can copy from by itself where `pin` is set.
 
         Raises:
-            AdapterError: the file changed or vanished since it was checked.
+            AdapterError: the files changed or vanished since they were checked, or it can only be served merged.
         """
-        try:
-            with safe_open(Path(self.path) / WEIGHTS, framework="pt") as tensors:
-                return {
-                    module: Delta(tensors.get_tensor(t.a), tensors.get_tensor(t.b).float() * t.scale)
-                    for module, t in self.targets.items()
-                }
-        except (OSError, SafetensorError) as error:
-            raise AdapterError([f"{self.path}: {WEIGHTS} could be read before and cannot now: {error}"]) from error
+        if self.static_only:
+            raise AdapterError([f"{self.path}: it can only be served merged: {'; '.join(self.static_only)}"])
+        return pack(self.targets, self._tensors(), dtype, pin=pin)
+
+    def patch(self) -> Patch:
+        """Read what static serving needs.
+
+        Raises:
+            AdapterError: the files changed or vanished since they were checked.
+        """
+        tensors = self._tensors()
+        return Patch(
+            {module: _pairs(target, tensors) for module, target in {**self.targets, **self.embeddings}.items()},
+            {parameter: tensors[name] for parameter, name in self.replaced.items()},
+            {module: Tokens(torch.tensor(ids), tensors[name]) for module, (name, ids) in self.tokens.items()},
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        files = read(self.path, read_config(self.path))
+        if files.sha256 != self.sha256:
+            raise AdapterError([f"{self.path}: the adapter changed on disk since it was checked: start again"])
+        return files.tensors
 
 
 def open_adapter(path: str, base: BaseInfo, *, max_rank: int, allow_noop: bool = False) -> Adapter:
@@ -80,146 +93,114 @@ def open_adapter(path: str, base: BaseInfo, *, max_rank: int, allow_noop: bool =
     Raises:
         AdapterError: with every reason found.
     """
-    settings = _settings(path)
-    shapes = _header(path)
-    targets, strays, problems = _match(shapes, settings, base)
-    strays = [name for name in strays if not _copies_base(path, name, base)]
+    settings, files = _read(path)
+    found = fit({name: tuple(tensor.shape) for name, tensor in files.tensors.items()}, settings, base)
+    problems = found.problems
+    if files.others:
+        named = [f"{name} ({dtype})" for name, dtype in files.others.items()]
+        problems.append(f"tensors that are not floating point: {some(named)}")
+    strays = found.strays + [name for name, own in found.copies if not _repeats(files.tensors[name], own, base)]
     if strays:
-        problems.append(f"tensors that have no place in this base model ({base.model_type}): {_some(strays)}")
-    problems += _expected(settings, base, targets)
-    rank = max((t.rank for t in targets.values()), default=0)
+        problems.append(f"tensors that have no place in this base model ({base.model_type}): {some(strays)}")
+    rank = max((target.rank for target in {**found.targets, **found.embeddings}.values()), default=0)
     if rank > max_rank:
         problems.append(f"rank {rank} is over the limit of {max_rank}: raise --max-lora-rank")
-    if not problems:
-        problems += _values(path, targets, allow_noop)
+    problems += _values(files, found)
+    if not problems and not allow_noop and not _changes(files.tensors, found, base):
+        problems.append(
+            "it would change nothing (every lora_A or lora_B is zero): train it, or pass --allow-noop-adapters"
+        )
     if problems:
         raise AdapterError(f"{path}: {problem}" for problem in problems)
-    return Adapter(path, _digest(path), rank, targets)
+    return Adapter(
+        path=path,
+        sha256=files.sha256,
+        rank=rank,
+        targets=found.targets,
+        embeddings=found.embeddings,
+        replaced=found.replaced,
+        tokens=found.tokens,
+        vocab_size=found.vocab_size,
+        static_only=reasons(found, settings, base),
+    )
 
 
-def _settings(path: str) -> LoraSettings:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise AdapterError([f"{path}: no such folder"])
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except FileNotFoundError:
-        raise AdapterError([f"{path}: no {CONFIG} in this folder"]) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError([f"{path}: {CONFIG} cannot be read as JSON: {error}"]) from error
-    try:
-        return read_settings(config)
-    except PeftConfigError as error:
-        raise AdapterError(f"{path}: {CONFIG}: {problem}" for problem in error.problems) from error
-
-
-def _header(path: str) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of every tensor, from the file's header."""
-    file = Path(path) / WEIGHTS
-    if not file.is_file():
-        pickled = [p.name for p in Path(path).glob("*.bin")] + [p.name for p in Path(path).glob("*.pt")]
-        why = f"; pickled weights ({', '.join(sorted(pickled))}) are never loaded, convert them" if pickled else ""
-        raise AdapterError([f"{path}: no {WEIGHTS} in this folder{why}"])
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: (list(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise AdapterError([f"{path}: {WEIGHTS} is damaged or cut short: {error}"]) from error
-
-
-def _match(
-    shapes: Mapping[str, tuple[list[int], str]], settings: LoraSettings, base: BaseInfo
-) -> tuple[dict[str, Target], list[str], list[str]]:
-    """Give every tensor its place: the targets, the tensors that find none, and what is wrong with the others."""
+def _read(path: str) -> tuple[LoraSettings, TensorFiles]:
+    """Config and tensors, or what is wrong with both."""
+    config = read_config(path)
     problems: list[str] = []
-    pairs: dict[str, dict[str, str]] = {}
-    strays: list[str] = []
-    for name in shapes:
-        found = _TENSOR.match(name)
-        if found and found["module"] in base.linears:
-            pairs.setdefault(found["module"], {})[found["part"]] = name
-        else:
-            strays.append(name)
-    targets: dict[str, Target] = {}
-    for module, names in pairs.items():
-        if set(names) != {"A", "B"}:
-            problems.append(f"{module} has only lora_{next(iter(names))}: both lora_A and lora_B are needed")
-            continue
-        (a, a_dtype), (b, b_dtype) = shapes[names["A"]], shapes[names["B"]]
-        out_features, in_features = base.linears[module]
-        rank = settings.rank(module)
-        if a != [rank, in_features] or b != [out_features, rank]:
-            problems.append(
-                f"{module}: lora_A {a} and lora_B {b} must be [{rank}, {in_features}] and [{out_features}, {rank}] "
-                "for this base model and the config's rank"
-            )
-        elif not {a_dtype, b_dtype} <= _DTYPES:
-            problems.append(f"{module}: dtypes {a_dtype} and {b_dtype} are not floating point")
-        else:
-            targets[module] = Target(names["A"], names["B"], rank, settings.scale(module))
-    return targets, strays, problems
+    try:
+        settings = read_settings(json.loads(config))
+    except PeftConfigError as error:
+        problems += [f"{path}: {CONFIG}: {problem}" for problem in error.problems]
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path}: {CONFIG} cannot be read as JSON: {error}")
+    try:
+        files = read(path, config)
+    except AdapterError as error:
+        problems += error.problems
+    if problems:
+        raise AdapterError(problems)
+    return settings, files
 
 
-def _copies_base(path: str, name: str, base: BaseInfo) -> bool:
+def _pairs(target: Target, tensors: Mapping[str, Tensor]) -> list[LowRank]:
+    return [
+        LowRank(
+            a=tensors[part.a],
+            b=tensors[part.b][slice(*part.source)],
+            scale=part.scale,
+            target=part.target,
+            magnitude=tensors[part.magnitude][slice(*part.source)] if part.magnitude else None,
+            bias=tensors[part.bias][slice(*part.source)] if part.bias else None,
+        )
+        for part in target.parts
+    ]
+
+
+def _repeats(tensor: Tensor, parameter: str, base: BaseInfo) -> bool:
     """Whether a tensor only repeats the base's own: PEFT saves an adapted head's or embedding's weight beside it."""
-    found = _WEIGHT.match(name)
-    own = base_tensor(base, f"{found['module']}.weight") if found and found["module"] in base.modules else None
+    own = base_tensor(base, parameter)
+    return own is not None and tensor.shape == own.shape and bool(torch.equal(tensor.to(own.dtype), own))
+
+
+def _values(files: TensorFiles, found: Fit) -> Iterator[str]:
+    """Numbers that would poison a batch."""
+    bad = [name for name, tensor in files.tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        yield f"tensors with NaN or infinite values: {some(bad)}"
+    magnitudes = {part.magnitude for _, part in found.parts if part.magnitude}
+    zero = [name for name in magnitudes if not bool(files.tensors[name].all())]
+    if zero:
+        yield f"magnitudes with zeros: {some(zero)}"
+
+
+def _changes(tensors: Mapping[str, Tensor], found: Fit, base: BaseInfo) -> bool:
+    """Whether anything of it differs from the base; what needs the base's weights is compared last."""
+    for _, part in found.parts:
+        if part.scale and tensors[part.a].any() and tensors[part.b][slice(*part.source)].any():
+            return True
+        if part.scale and part.bias and tensors[part.bias].any():
+            return True
+    if any(not _repeats(tensors[name], parameter, base) for parameter, name in found.replaced.items()):
+        return True
+    for module, (name, ids) in found.tokens.items():
+        own = base_tensor(base, f"{module}.weight")
+        if own is None or not torch.equal(tensors[name].to(own.dtype), own[list(ids)]):
+            return True
+    return any(
+        not _is_norm(tensors[part.magnitude][slice(*part.source)], module, part.target, base)
+        for module, part in found.parts
+        if part.magnitude
+    )
+
+
+def _is_norm(magnitude: Tensor, module: str, rows: Rows, base: BaseInfo) -> bool:
+    """Whether a DoRA magnitude is what it began as: the norm of the base's rows, as exact as either was saved."""
+    own = base_tensor(base, f"{module}.weight")
     if own is None:
         return False
-    with safe_open(Path(path) / WEIGHTS, framework="pt") as tensors:
-        kept = tensors.get_tensor(name)
-    return kept.shape == own.shape and bool(torch.equal(kept.to(own.dtype), own))
-
-
-def _expected(settings: LoraSettings, base: BaseInfo, targets: Mapping[str, Target]) -> list[str]:
-    """What the config says that it changes, held against what there are tensors for."""
-    expected = [m for m in base.linears if settings.targets(m, is_head=m == base.head)]
-    problems: list[str] = []
-    unmatched = settings.unmatched(base.modules)
-    if unmatched:
-        problems.append(f"target_modules that this base model ({base.model_type}) does not have: {_some(unmatched)}")
-    others = [m for m in base.modules if m not in base.linears and settings.targets_other(m)]
-    if others:
-        problems.append(f"target_modules that are no linear layers, which is not served: {_some(others)}")
-    if not expected and not unmatched:
-        problems.append(f"no linear module of this base model ({base.model_type}) is among its target_modules")
-    missing = [m for m in expected if m not in targets]
-    if missing and targets:
-        problems.append(f"target modules without tensors: {_some(missing)}")
-    elif not targets and not unmatched:
-        problems.append("no LoRA tensors that fit this base model")
-    extra = [m for m in targets if m not in set(expected)]
-    if extra:
-        problems.append(f"tensors for modules that its target_modules do not name: {_some(extra)}")
-    return problems
-
-
-def _values(path: str, targets: Mapping[str, Target], allow_noop: bool) -> list[str]:
-    """Numbers that would poison a batch, and adapters that change nothing."""
-    effective = False
-    bad: list[str] = []
-    with safe_open(Path(path) / WEIGHTS, framework="pt") as tensors:
-        for target in targets.values():
-            a, b = tensors.get_tensor(target.a), tensors.get_tensor(target.b)
-            bad += [n for n, t in ((target.a, a), (target.b, b)) if not bool(torch.isfinite(t).all())]
-            effective = effective or (target.scale != 0 and bool(a.any()) and bool(b.any()))
-    if bad:
-        return [f"tensors with NaN or infinite values: {_some(bad)}"]
-    if not effective and not allow_noop:
-        return ["it would change nothing (every lora_A or lora_B is zero): train it, or pass --allow-noop-adapters"]
-    return []
-
-
-def _digest(path: str) -> str:
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        with (Path(path) / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _some(names: Iterable[Any]) -> str:
-    names = sorted(map(str, names))
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    weight = own.t() if module == base.embedding else own
+    norm = weight[rows.start : rows.stop].float().norm(dim=1)
+    tolerance = 4 * max(torch.finfo(magnitude.dtype).eps, torch.finfo(own.dtype).eps)
+    return torch.allclose(magnitude.float(), norm, rtol=tolerance, atol=0)

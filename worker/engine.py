@@ -52,7 +52,8 @@ class Engine:
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         wanted = config.max_num_seqs or _MAX_SEQS[self.device]
         self.max_num_seqs = min(wanted, config.max_num_batched_tokens)
-        slabs = self._make_slabs()
+        adapters = list(adapters)
+        slabs = self._make_slabs(self._to_merge(adapters))
         if self.device == "cpu":
             keep_freed_memory()
         self._cache = KVCache(
@@ -242,14 +243,19 @@ class Engine:
         self._answers.drop(key)
         return Result(key, len(sequence.request.prompt), [], error=why, code=code)
 
-    def _make_slabs(self) -> Slabs:
+    def _to_merge(self, adapters: Iterable[Adapter]) -> int:
+        """Bytes to keep for weights with one of these adapters merged in."""
+        sizes = {(one.parameters, one.vocab_size) for one in adapters if one.static_only or self.config.merging}
+        return max((self._model.merge_bytes(*size) for size in sizes), default=0)
+
+    def _make_slabs(self, kept_bytes: int) -> Slabs:
         config, device = self.config, self.device
         longest = config.max_row_tokens or config.base.max_model_len
         per_token = bytes_per_token(self._model.shapes, self._model.dtype)
         slab_tokens = max(_SLAB_TOKENS[device], longest)
         budget = config.kv_cache_memory
         if budget is None:
-            budget = int(free_memory(self.device) * _MEMORY_SHARE[device])
+            budget = int(max(0, free_memory(self.device) - kept_bytes) * _MEMORY_SHARE[device])
         elif budget < slab_tokens * per_token:
             slab_tokens = longest  # a small cache holds at least one row
         count = budget // (slab_tokens * per_token)

@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
-from loramill.worker.adapters import Adapter, Packed
+from loramill.worker.adapters import Adapter
+from loramill.worker.packed import Packed
 from loramill.worker.request import HostStats
 from loramill.worker.slots import Eviction, NextUse
 

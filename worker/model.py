@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from loramill.worker import attention
 from loramill.worker.batch import Batch, Probe, running
 from loramill.worker.cache import LayerShape
 from loramill.worker.lora import FusedLinear, install
+from loramill.worker.merge import Merged
+from loramill.worker.patch import Patches
 
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
@@ -48,6 +50,10 @@ class BaseInfo:
     linears: Mapping[str, tuple[int, int]]
     """(out_features, in_features) by module path."""
     modules: frozenset[str]
+    parameters: Mapping[str, tuple[int, ...]]
+    """Shapes by name."""
+    embedding: str | None
+    """The input embedding's module path."""
     head: str | None
     """The output projection's module path."""
     tied_head: str | None
@@ -89,6 +95,8 @@ def describe_base(path: str, max_model_len: int | None = None) -> BaseInfo:
         fingerprint=_fingerprint(folder),
         linears={n: (m.out_features, m.in_features) for m, n in names.items() if isinstance(m, nn.Linear)},
         modules=frozenset(names.values()),
+        parameters={n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)},
+        embedding=names.get(skeleton.get_input_embeddings()),
         head=names.get(skeleton.get_output_embeddings()),
         tied_head=names.get(skeleton.get_input_embeddings()) if text.tie_word_embeddings else None,
     )
@@ -133,7 +141,24 @@ class Model:
         self.dtype: torch.dtype = model.dtype
         self._model = model.to(self.device).eval()
         self.projections: list[FusedLinear] = install(self._model, slots)
+        self._merged = Merged(self._model, self.projections, base.embedding, self.device)
         self.shapes = self._probe()
+
+    def merge(self, patches: Patches) -> None:
+        """Compute with the base's weights and these patches, each with its strength; nothing else stays merged.
+
+        Raises:
+            MergeError: the sum is not finite. However it fails, the model is the base then.
+        """
+        self._merged.put(patches)
+
+    def restore(self) -> None:
+        """Compute with the base's own weights again, bit by bit."""
+        self._merged.take_out()
+
+    def merge_bytes(self, parameters: Iterable[str], vocab_size: int = 0) -> int:
+        """Bytes that merging into these parameters takes at most beside the base, embedding and head of that size."""
+        return self._merged.nbytes(parameters, vocab_size)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

@@ -10,18 +10,20 @@ from typing import Any
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "init_lora_weights", "use_dora", "bias", "lora_bias", "modules_to_save",
+    "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 _INERT = {
     # How it was trained, or how PEFT holds it in memory: no effect on what the trained tensors compute. Whether it fits
     # the base is for its tensors' names and shapes to say: a path says little.
     "base_model_name_or_path", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
     "lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying",
+    "lora_ga_config", "runtime_config", "qalora_group_size",
 }  # fmt: skip
 _HARMLESS_INITS = ("gaussian", "orthogonal", "eva")
 """Named initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite them."""
 _ALL_LINEAR = "all-linear"
+_BIASES = ("none", "all", "lora_only")
 _MAX_PATTERN = 2000
 
 
@@ -46,6 +48,14 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
     layers_pattern: list[str] = field(default_factory=list)
+    use_dora: bool = False
+    bias: str = "none"
+    """none, all, or lora_only (the adapted modules')."""
+    lora_bias: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+    token_indices: Mapping[str, list[int]] = field(default_factory=dict)
+    """By the end of a module's path; "" is the input embedding."""
+    ensure_weight_tying: bool = False
 
     def rank(self, module: str) -> int:
         """The module's rank."""
@@ -73,12 +83,29 @@ class LoraSettings:
             return False
         return self.targets(module, is_head=False)
 
+    def saves(self, module: str) -> bool:
+        """Whether the whole of a module was trained, by itself or with one that holds it."""
+        parts = module.split(".")
+        holders = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return any(holder.endswith(name) for holder in holders for name in self.modules_to_save)
+
+    def tokens(self, module: str, *, is_embedding: bool) -> list[int]:
+        """The rows of an embedding (or the head) that were trained by themselves."""
+        found = (i for end, i in self.token_indices.items() if (module.endswith(end) if end else is_embedding))
+        return next(found, [])
+
     def unmatched(self, modules: Iterable[str]) -> list[str]:
         """Listed target modules that none of the model's modules answers to."""
         if isinstance(self.target_modules, str):
             return []
         names = list(modules)
         return [t for t in self.target_modules if not any(_named([t], name) for name in names)]
+
+    def unmatched_saved(self, modules: Iterable[str]) -> list[str]:
+        """Modules to save, or with tokens, that none of the model's modules answers to."""
+        names = list(modules)
+        asked = [*self.modules_to_save, *self.token_indices]
+        return [one for one in asked if not any(name.endswith(one) for name in names)]
 
     def _in_layers(self, module: str) -> bool:
         if self.layers is None:
@@ -110,7 +137,17 @@ def read_settings(config: object) -> LoraSettings:
         alpha_pattern=get.pattern("alpha_pattern"),
         layers=get.layers("layers_to_transform"),
         layers_pattern=_as_list(get.names("layers_pattern")),
+        use_dora=bool(config.get("use_dora")),
+        bias=config.get("bias") or "none",
+        lora_bias=bool(config.get("lora_bias")),
+        modules_to_save=_as_list(get.names("modules_to_save")),
+        token_indices=get.tokens("trainable_token_indices"),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
     )
+    if settings.bias not in _BIASES:
+        problems.append(f"`bias` must be one of {', '.join(_BIASES)}, not {settings.bias!r:.60}")
+    if settings.use_dora and settings.lora_bias:
+        problems.append("`use_dora` and `lora_bias` are both set: PEFT itself computes two different things for that")
     if any(rank < 1 or rank != int(rank) for rank in (settings.r, *settings.rank_pattern.values())):
         problems.append("ranks must be whole numbers of at least 1")
     if not settings.target_modules:
@@ -123,8 +160,6 @@ def read_settings(config: object) -> LoraSettings:
 def _refused(config: Mapping[str, Any]) -> Iterable[str]:
     for name, given in config.items():
         if name in _HONOURED or name in _INERT or not given:
-            continue
-        if name == "bias" and given == "none":
             continue
         yield f"`{name}` is set, which is not served (the answers would not be this adapter's)"
     init = config.get("init_lora_weights")
@@ -169,6 +204,15 @@ class _Reader:
             for k, v in given.items()
         )
         checked: dict[str, Any] = self._checked(name, given, fits, "an object of pattern -> number", {})
+        return checked
+
+    def tokens(self, name: str) -> dict[str, list[int]]:
+        given = self._config.get(name) or {}
+        by_name = given if isinstance(given, dict) else {"": given}
+        fits = all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in by_name.values())
+        checked: dict[str, list[int]] = self._checked(
+            name, by_name, fits, "a list of token ids, or lists by module", {}
+        )
         return checked
 
     def layers(self, name: str) -> list[int] | None:

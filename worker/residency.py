@@ -11,6 +11,7 @@ from loramill.worker.config import EngineConfig
 from loramill.worker.forecast import Forecast
 from loramill.worker.host_tier import HostTier
 from loramill.worker.memory import free_memory
+from loramill.worker.merge import MergeError
 from loramill.worker.model import Model
 from loramill.worker.request import EngineStats, Mix
 from loramill.worker.scheduler import Scheduler, Step
@@ -145,7 +146,10 @@ class Residency:
             except AdapterError as error:
                 return {adapter: str(error)}
         if patches:
-            self._model.merge(patches)
+            try:
+                self._model.merge(patches)
+            except MergeError as error:
+                return {adapter: str(error) for adapter, _ in mix}
             self._merged = mix
         return {}
 

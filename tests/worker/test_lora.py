@@ -14,7 +14,8 @@ from loramill.kernels.multi_lora import Routing
 from loramill.kernels.segments import segments_of
 from loramill.worker import lora
 from loramill.worker.batch import Batch, Places, Probe, running
-from loramill.worker.lora import Delta, FusedLinear, install
+from loramill.worker.lora import FusedLinear, install
+from loramill.worker.packed import Delta
 
 CPU = torch.device("cpu")
 none = torch.zeros(0, dtype=torch.int64)
@@ -67,7 +68,7 @@ def test_without_packing_the_answers_stay(monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.randn(1, 5, 16).to(torch.bfloat16)
     with running(Probe()), torch.inference_mode():
         packed = FusedLinear(["x"], [linear], 1, is_head=False).columns(x, 0)
-        monkeypatch.setattr(lora, "_prepacked", lambda weight, bias: None)
+        monkeypatch.setattr(lora, "_prepacked", lambda weight: None)
         plain = FusedLinear(["x"], [linear], 1, is_head=False).columns(x, 0)
     torch.testing.assert_close(packed, plain)
 
@@ -77,7 +78,7 @@ def test_a_slot_holds_its_adapter_and_nothing_of_the_last() -> None:
     generator = torch.Generator().manual_seed(1)
 
     def delta(rank: int, out: int) -> Delta:
-        return Delta(torch.randn(rank, 32, generator=generator), torch.randn(out, rank, generator=generator))
+        return Delta(torch.randn(rank, 32, generator=generator), torch.randn(rank, out, generator=generator))
 
     fused = Attention(torch.float32)
     qkv, o_proj = install(fused, slots=2)
@@ -97,7 +98,7 @@ def test_a_slot_holds_its_adapter_and_nothing_of_the_last() -> None:
         for name, answer in got.items():
             expected = getattr(plain, name)(x)
             if name in held:
-                expected[:, 2:] += (x[:, 2:] @ held[name].a.t()) @ held[name].b.t()
+                expected[:, 2:] += (x[:, 2:] @ held[name].a.t()) @ held[name].b
             torch.testing.assert_close(answer, expected)
     assert o_proj.a is None, "no adapter ever touched it, so it takes no memory"
 
