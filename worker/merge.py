@@ -83,9 +83,10 @@ class Merged:
         added = any(
             pair.bias is not None for p, _ in patches for n in projection.names for pair in p.low_rank.get(n, ())
         )
-        bias = torch.zeros(sum(projection.widths)) if projection.bias is None and added else projection.bias
+        bias = torch.zeros(len(weight)) if projection.bias is None and added else projection.bias
         if bias is not None:
-            own = zip(projection.names, bias.to(self._device).split(projection.widths), strict=True)
+            widths = projection.widths if len(projection.names) > 1 else [len(weight)]
+            own = zip(projection.names, bias.to(self._device).split(widths), strict=True)
             bias = torch.cat([bias_of(patches, name, rows) for name, rows in own])
         name, dtype = projection.names[0], projection.weight.dtype
         projection.merge(_fits(name, weight, dtype), None if bias is None else _fits(name, bias, dtype))

@@ -124,7 +124,15 @@ def test_what_can_only_be_merged(
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
-@pytest.mark.parametrize("config", [{}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}], ids=["q", "ends"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "lora_bias": True},
+    ],
+    ids=["q", "ends", "bias"],
+)
 def test_a_vocabulary_that_grew(
     name: str, config: dict[str, Any], base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
