@@ -94,7 +94,7 @@ def open_adapter(path: str, base: BaseInfo, *, max_rank: int, allow_noop: bool =
         problems += _values(path, targets, allow_noop)
     if problems:
         raise AdapterError(f"{path}: {problem}" for problem in problems)
-    return Adapter(path, _digest(path), rank, targets)
+    return Adapter(path, content_sha256(path), rank, targets)
 
 
 def _settings(path: str) -> LoraSettings:
@@ -211,7 +211,8 @@ def _values(path: str, targets: Mapping[str, Target], allow_noop: bool) -> list[
     return []
 
 
-def _digest(path: str) -> str:
+def content_sha256(path: str) -> str:
+    """The identity of the adapter in a folder: the hash of its config and weights. Raises OSError."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         with (Path(path) / name).open("rb") as file:

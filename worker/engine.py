@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loramill.kernels.router import Router
 from loramill.worker.adapters import Adapter
@@ -13,7 +14,7 @@ from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache, bytes_per_token
 from loramill.worker.memory import free_memory, keep_freed_memory
 from loramill.worker.model import BaseInfo, Model, ModelError
-from loramill.worker.request import Completion, EngineStats, FinishReason, Request, Result
+from loramill.worker.request import Completion, EngineStats, FinishReason, Mix, Request, Result, Sampling
 from loramill.worker.sampling import Draw, draw
 from loramill.worker.scheduler import Scheduler, Sequence, Step
 from loramill.worker.slabs import Slabs, size_classes
@@ -23,6 +24,7 @@ _MAX_SEQS = {"cpu": 128, "cuda": 256}
 _SLAB_TOKENS = {"cpu": 8192, "cuda": 65536}
 """On a CPU about 32 rows of 256 tokens: their keys and values of one layer stay in cache (1.4 ms for 32 rows against
 9.5 ms for 128 at once, one core). On a GPU few launches matter more."""
+_PROBE_KEY = -1
 _MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
 """How much of the memory that is free once the weights are loaded `kv_cache_memory=None` may take."""
 
@@ -86,17 +88,52 @@ class Engine:
         self._eos = frozenset(config.base.eos_token_ids)
         self._stats = EngineStats()
 
+    def register(self, adapter: Adapter) -> None:
+        """Let rows ask for this adapter, by its hash."""
+        self._adapters[adapter.sha256] = adapter
+
+    def forget(self, sha256: str) -> None:
+        """Let go of an adapter.
+
+        Raises:
+            ValueError: a row that is waiting or running uses it.
+        """
+        queued = [*self._scheduler.waiting, *self._scheduler.running]
+        if any(sha256 == used for sequence in queued for used, _ in sequence.request.mix):
+            raise ValueError(f"adapter {sha256} is in use by rows that are not finished")
+        self._adapters.pop(sha256, None)
+
+    def next_logits(self, prompt: list[int], mix: Mix = (), merged: bool = False) -> Tensor:
+        """Logits [vocab], float32, of the token that follows `prompt`. For an engine without work.
+
+        Raises:
+            ValueError: the engine has work, or as `add`.
+        """
+        if self.has_work:
+            raise ValueError("next_logits needs an engine without work")
+        self.add(Request(_PROBE_KEY, prompt, Sampling(1, temperature=0), mix, merged))
+        while True:
+            _, sampled, logits = self._pass()
+            if sampled:
+                break
+        self._scheduler.finish(sampled[0])
+        del self._rows[_PROBE_KEY]
+        return logits[0].float()
+
     def add(self, request: Request) -> None:
         """Queue a row.
 
         Raises:
-            ValueError: its adapter is not registered, its prompt is empty, it is too long, or its key is in use.
+            ValueError: its adapter is not registered, its mix cannot be served, its prompt is empty, it is too long,
+                or its key is in use.
         """
         longest = len(request.prompt) + request.sampling.max_tokens
         limit = self.config.max_row_tokens or self.config.base.max_model_len
         for adapter, _ in request.mix:
             if adapter not in self._adapters:
                 raise ValueError(f"adapter {adapter} is not registered with this engine")
+        if request.merged or request.mix[1:] or any(strength != 1 for _, strength in request.mix):
+            raise ValueError("this engine serves one adapter a row, dynamically and at strength 1")
         if not request.prompt or request.sampling.max_tokens < 1 or longest > limit:
             raise ValueError(f"prompt and max_tokens must be at least 1 and together at most {limit}, not {longest}")
         if request.key in self._rows:
@@ -110,19 +147,25 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Result]:
         """Run one forward pass; the rows that it finished. Nothing to do is an empty list."""
+        step, sampled, logits = self._pass()
+        if step.chunks:
+            self._count(step)
+        return self._emit(sampled, draw(logits, sampled)) if sampled else []
+
+    @torch.inference_mode()
+    def _pass(self) -> tuple[Step, list[Sequence], Tensor]:
+        """One forward pass: what it computed, the sequences that reached their end, and their logits [O, vocab]."""
         scheduler = self._scheduler
         step = scheduler.schedule()
         self._cache.carry_out(scheduler.slabs.moves)
         scheduler.slabs.moves.clear()
         self._load(step)
         if not step.chunks:
-            return []
+            return step, [], torch.empty(0)
         logits = self._model.forward(pack(step.chunks, scheduler.slabs, self._cache, self._router, self._model.device))
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.size
-        sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        self._count(step)
-        return self._emit(sampled, draw(logits, sampled)) if sampled else []
+        return step, [chunk.sequence for chunk in step.chunks if chunk.samples], logits
 
     def cancel_waiting(self) -> list[int]:
         """Drop the rows that have not started; their keys."""

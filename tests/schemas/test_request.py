@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.schemas.errors import LineError
-from loramill.schemas.request import MAX_LINE_BYTES, Endpoint, Row, parse_line, resolve_model
+from loramill.schemas.request import MAX_LINE_BYTES, Endpoint, Row, parse_line
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -107,7 +107,6 @@ def test_fields_that_ask_for_nothing_are_accepted(fields: dict[str, Any]) -> Non
         ("structured_outputs", {"json": {}}),
         ("min_tokens", 1),
         ("min_tokens", False),
-        ("loramill", {"scale": 0.5}),
     ],
 )
 def test_fields_that_we_do_not_honour_are_refused_by_name(field: str, value: Any) -> None:
@@ -299,32 +298,6 @@ def test_lines_that_are_not_json_objects(raw: bytes, words: str) -> None:
 @pytest.mark.parametrize("seed", [b"18446744073709551616", b"-9223372036854775809"])
 def test_seeds_beyond_64_bits_are_refused_and_not_rounded(seed: bytes) -> None:
     assert refusal(b'{"id":"a","prompt":"p","seed":' + seed + b"}").param == "seed"
-
-
-def test_resolve_model() -> None:
-    adapters = {"sql", "Chat"}
-    for name in ("", "llama", "base"):
-        assert resolve_model(name, "llama", adapters) is None
-    for name in ("sql", "llama:sql", "base:sql"):
-        assert resolve_model(name, "llama", adapters) == "sql"
-    assert resolve_model("base", "llama", {"base"}) == "base"
-
-
-@pytest.mark.parametrize("name", ["SQL", "sqll", "other:sql", "llama:", "llama:nope", ":sql", "../sql"])
-def test_resolve_model_refuses(name: str) -> None:
-    with pytest.raises(LineError) as caught:
-        resolve_model(name, "llama", {"sql", "chat"})
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    assert name in caught.value.message
-
-
-def test_resolve_model_names_the_nearest() -> None:
-    with pytest.raises(LineError, match="did you mean `sql`"):
-        resolve_model("sqll", "llama", {"sql", "chat"})
-    with pytest.raises(LineError, match="did you mean `sql`"):
-        resolve_model("llama:sqll", "llama", {"sql", "chat"})
-    with pytest.raises(LineError, match="did you mean `sql`"):
-        resolve_model("SQL", "llama", {"sql", "chat"})
 
 
 JSON = st.recursive(

@@ -8,7 +8,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from loramill.schemas.request import Row, parse_line
-from loramill.schemas.response import Answer, Choice, TokenInfo, error_line, ok_line
+from loramill.schemas.response import Answer, Choice, Served, TokenInfo, error_line, ok_line
 
 HE = TokenInfo("He", b"He", -0.5, (TokenInfo("He", b"He", -0.5), TokenInfo("bytes:\\xc3", b"\xc3", float("-inf"))))
 Y = TokenInfo("y", b"y", -1.5, (TokenInfo("x", b"x", -0.1),))
@@ -26,7 +26,7 @@ def chat_row(**fields: Any) -> Row:
 
 
 def answer(*choices: Choice, adapter: str | None = "sql") -> Answer:
-    return Answer(choices, 4, "asked", adapter, adapter and "ab12")
+    return Answer(choices, 4, "asked", [Served(adapter, "ab12")] if adapter else [], "dynamic" if adapter else "base")
 
 
 def body_of(line: bytes) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
+from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.store.journal import DoneRow
 from loramill.worker import shard_runner
 from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
 from loramill.worker.shard_runner import Job, Shard, ShardRunner
 
-JOB = Job("job", "base", {"sql": "abc123"}, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
+NAMES = Names("base", {"sql": Named("abc123")})
+JOB = Job("job", NAMES, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
 
 
 class EchoEngine:
