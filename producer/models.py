@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,6 @@ from typing import NamedTuple
 from loramill.producer import base as bases
 from loramill.producer import hub
 from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.index import Index
 from loramill.producer.options import ModelOptions
 from loramill.producer.registry import read_registry
 from loramill.producer.specs import AdapterSpec, check_name, locate
@@ -49,10 +48,10 @@ class Models:
         adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
         return replace(self, names=replace(self.names, adapters=names), adapters=adapters)
 
-    def identity(self, index: Index) -> dict[str, str]:
-        """What decides the answers to these rows: `parts`, their adapters, and what leads to those."""
+    def identity(self, adapters: Iterable[str]) -> dict[str, str]:
+        """What decides the answers to rows that come to `adapters`: those, `parts`, and what leads to them."""
         leads = {"the aliases": _in_order(self.names.aliases), "the routes": _in_order(self.names.routes)}
-        return {**self.parts, **{f"adapter `{name}`": self._content(name) for name in index.adapters}, **leads}
+        return {**self.parts, **{f"adapter `{name}`": self._content(name) for name in adapters}, **leads}
 
     def _content(self, name: str) -> str:
         named = self.names.adapters[name]

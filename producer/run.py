@@ -117,7 +117,7 @@ def _open_journal(options: RunOptions, source: Input, models: Models, index: Ind
         "input": source.sha256,
         "--limit": str(options.limit),
         "--base-name": models.names.base,
-        **models.identity(index),
+        **models.identity(index.adapters),
     }
     try:
         return Journal(options.journal_path, identity)

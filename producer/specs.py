@@ -13,7 +13,6 @@ from typing import Any
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_REGISTERED_SCALE = 1000
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
-_PATH_STARTS = ("/", "./", "../", "~")
 _KEYS = ("path", "revision", "scale")
 
 
@@ -81,7 +80,7 @@ def locate(spec: AdapterSpec) -> Place:
                 raise ValueError(f"{text} is a folder; only what is on the hub has a revision ({spec.revision})")
             return Place(folder, scale=factor or scale)
     text, factor = _readings(spec)[-1]
-    found = None if text.startswith(_PATH_STARTS) or text == ".." else _HUB.fullmatch(text)
+    found = _HUB.fullmatch(text)  # begins with a letter or digit: `./x`, `/x`, `~/x` and `../x` are paths only
     if found is None:
         raise ValueError(f"{spec.root / text}: no such folder")
     if spec.revision and found["revision"]:

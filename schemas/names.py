@@ -62,9 +62,9 @@ class Names:
             raise NamesError(problems)
 
     @property
-    def route_fields(self) -> frozenset[str]:
+    def route_fields(self) -> tuple[str, ...]:
         """The fields of a line that routes go by, for `parse_line`."""
-        return frozenset(self.routes)
+        return tuple(self.routes)
 
     def resolve(self, row: Row) -> Uses:
         """The adapters that answer the row.

@@ -249,6 +249,14 @@ def test_4_an_adapter_that_cannot_be_served(desk, rows, no_compute, broken, how:
     assert not desk.journal.exists()
 
 
+def test_4_an_adapter_of_the_hub_that_cannot_be_had(desk, rows, no_compute, monkeypatch) -> None:
+    desk.write(rows(1))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ended = desk.run("--adapter", "mine=no-such-org/no-such-adapter@v2*0.5")
+    assert ended.code == 4
+    one_line(ended, "adapter `mine`: ", "no-such-org/no-such-adapter@v2 is not in the hub's local cache", "hf download")
+
+
 def test_4_the_input_changes_while_it_is_read(desk, rows, monkeypatch) -> None:
     desk.write(rows(8))
     make = local.LocalEngine.shard

@@ -192,6 +192,31 @@ def test_a_batch_boundary_changes_nothing(bench: Bench, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(getattr(whole, column), getattr(parts, column))
 
 
+def test_mixes_are_numbered_as_they_come(bench: Bench) -> None:
+    bench.names = Names(
+        "tiny", NAMES.adapters, {"ab": {"sql": 1, "chat": 1}, "query": {"sql": 1}}, {"task": {"x": "chat"}}
+    )
+    mix = [{"name": "chat", "scale": 0.5}, {"name": "query"}]
+    rows = [{"adapter": "query"}, {"adapters": mix}, {}, {"adapter": "sql"}, {"adapter": "sql", "scale": 2},
+            {"task": "x"}, {"adapters": [{"name": "sql", "scale": 2}]}]  # fmt: skip
+    index = bench.run([line(number, **fields) for number, fields in enumerate(rows)])
+    assert index.mix.tolist() == [0, 1, -1, 0, 2, 3, 2]
+    assert index.mixes == [(("sql", 1.0),), (("chat", 0.5), ("sql", 1.0)), (("sql", 2.0),), (("chat", 1.0),)]
+    assert index.adapters == ["sql", "chat"]
+    index = bench.run([line("x", adapter="chat", max_tokens=99), line("y", adapter="sql")])
+    assert index.adapters == ["sql"], "of the valid rows only"
+
+
+def test_mixes_that_cannot_be_are_reported_with_their_line(bench: Bench) -> None:
+    bench.names = Names("tiny", {name: Named(name) for name in ("a", "b", "c")} | {"a2": Named("a")})
+    three = [{"name": name} for name in "abc"]
+    lines = [line(0, adapters=three), line(1, scale=2), line(2, adapters=[*three[:2], {"name": "a2"}])]
+    index = bench.run([*lines, line(3, adapters=[{"name": "a"}, {"name": "d"}]), line(4, adapters=three[:2])])
+    assert [(p.line, p.param) for p in index.problems] == [(1, "adapters"), (2, "scale"), (4, "adapters.1.name")]
+    assert "a mix of 3 adapters; --max-loras-per-batch allows 2" in index.problems[0].message
+    assert index.row.tolist() == [2, 4], "two names of one content are one adapter"
+
+
 def test_index_feeds_the_plan(bench: Bench) -> None:
     index = bench.run([line(number, adapter=ADAPTERS[number % 2], max_tokens=1 + number) for number in range(6)])
     order = plan_order(index.mix, index.cost, slots=1, max_num_seqs=2)

@@ -327,3 +327,63 @@ def test_any_bytes_are_a_row_or_a_line_error(raw: bytes) -> None:
         parse_line(raw)
     except LineError as error:
         assert error.message
+
+
+def test_strengths_and_mixes_stand_on_native_lines_and_under_loramill() -> None:
+    for fields, scale, mix in (
+        ({}, None, ()),
+        ({"scale": None, "adapters": None}, None, ()),
+        ({"scale": 0.5}, 0.5, ()),
+        ({"scale": -10}, -10, ()),
+        ({"adapters": [{"name": "a"}, {"name": "b", "scale": 2}]}, None, (("a", 1.0), ("b", 2.0))),
+    ):
+        row = parse_line(native(**fields))
+        assert (row.scale, row.adapters) == (scale, mix)
+        assert row == parse_line(openai(loramill=fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"scale": 10.5}, "scale"),
+        ({"scale": "1"}, "scale"),
+        ({"scale": True}, "scale"),
+        ({"adapters": []}, "adapters"),
+        ({"adapters": "a"}, "adapters"),
+        ({"adapters": ["a"]}, "adapters.0"),
+        ({"adapters": [{"scale": 1}]}, "adapters.0.name"),
+        ({"adapters": [{"name": ""}]}, "adapters.0.name"),
+        ({"adapters": [{"name": "a", "scale": -11}]}, "adapters.0.scale"),
+        ({"adapters": [{"name": "a", "weight": 1}]}, "adapters.0.weight"),
+        ({"adapters": [{"name": f"a{n}"} for n in range(9)]}, "adapters"),
+        ({"adapters": [{"name": "a"}], "scale": 1}, "scale"),
+    ],
+)
+def test_strengths_and_mixes_that_cannot_be(fields: dict[str, Any], param: str) -> None:
+    assert refusal(native(**fields)).param == param
+    error = refusal(openai(loramill=fields))
+    assert error.param == f"loramill.{param}"
+    assert f"`loramill.{param.split('.')[0]}" in error.message
+
+
+def test_loramill_is_for_openai_lines_and_holds_nothing_else() -> None:
+    assert refusal(native(loramill={"scale": 0.5})).param == "loramill"
+    assert parse_line(native(loramill={})) == parse_line(native(loramill=None)) == parse_line(native())
+    assert refusal(openai(loramill=3)).param == "loramill"
+    assert "did you mean `loramill.scale`" not in refusal(openai(loramill={"scal": 1})).message
+    assert refusal(openai(loramill={"scal": 1})).param == "loramill.scal"
+
+
+def test_route_fields_stand_in_the_line_or_its_metadata() -> None:
+    def routes(raw: bytes) -> Any:
+        return parse_line(raw, ["task"]).routes
+
+    for raw in (native(task="sum"), openai(task="sum"), openai(metadata={"task": "sum", "other": 1})):
+        assert routes(raw) == (("task", "sum"),)
+    assert routes(openai(task="sum", metadata={"task": "sum"})) == (("task", "sum"),)
+    assert routes(openai(task=None, metadata={"task": None})) == routes(native()) == ()
+    for raw, says in ((openai(task="a", metadata={"task": "b"}), "differ"), (native(task=3), "must be a string")):
+        with pytest.raises(LineError, match=says) as caught:
+            routes(raw)
+        assert (caught.value.param, caught.value.custom_id) == ("task", "r")
+    assert "unknown field `task`" in refusal(native(task="sum")).message, "only where a route goes by it"

@@ -95,6 +95,25 @@ def test_who_answered() -> None:
     assert base["loramill"] == {"adapter": None, "adapter_sha256": None, "mode": "base"}
 
 
+def test_who_answered_at_what_strength() -> None:
+    def said(mode: str, *served: Served) -> dict[str, Any]:
+        answered = Answer([CHOICE], 4, "asked", served, mode)
+        found: dict[str, Any] = body_of(ok_line("job", 3, row(), answered, created=1))["loramill"]
+        return found
+
+    scaled = said("static", Served("sql", "ab12", 0.5))
+    assert scaled == {"adapter": "sql", "adapter_sha256": "ab12", "mode": "static", "scale": 0.5}
+    assert said("dynamic", Served("sql", "ab12", 0.5), Served("chat", "cd34")) == {
+        "adapter": None,
+        "adapter_sha256": None,
+        "mode": "dynamic",
+        "adapters": [
+            {"name": "sql", "adapter_sha256": "ab12", "scale": 0.5},
+            {"name": "chat", "adapter_sha256": "cd34", "scale": 1.0},
+        ],
+    }
+
+
 def test_ids_depend_on_the_job_and_the_row_and_on_nothing_else() -> None:
     def ids(job: str, number: int, created: int) -> tuple[str, str, str]:
         line = orjson.loads(ok_line(job, number, row(), answer(CHOICE), created=created))

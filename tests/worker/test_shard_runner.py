@@ -72,10 +72,12 @@ def prompter(byte_tokenizer: Any) -> Prompter:
     return Prompter(byte_tokenizer, Limits(64, 258))
 
 
-def run(engine: EchoEngine, prompter: Prompter, rows: list[tuple[int, bytes]]) -> list[DoneRow]:
+def run(
+    engine: EchoEngine, prompter: Prompter, rows: list[tuple[int, bytes]], job: Job = JOB, **more: Any
+) -> list[DoneRow]:
     done: list[DoneRow] = []
     runner = ShardRunner(engine, prompter)
-    runner.submit(Shard(JOB, iter(rows), done.extend))
+    runner.submit(Shard(job, iter(rows), done.extend, **more))
     while runner.has_work:
         runner.step()
     return done
@@ -237,3 +239,58 @@ def test_several_answers_are_several_choices(engine, prompter) -> None:
     (row,) = run(engine, prompter, [native(0, n=3)])
     assert [choice["index"] for choice in body(row)["choices"]] == [0, 1, 2]
     assert body(row)["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+MIXED = Job(
+    "job",
+    Names(
+        "base",
+        {"sql": Named("s"), "chat": Named("c", 0.5, template="own {{ messages[0].content }}"), "twin": Named("s")},
+        {"query": {"sql": 1.0}},
+        {"task": {"sum": "chat"}},
+    ),
+    defaults={},
+    max_model_len=64,
+)
+
+
+def test_rows_go_to_the_engine_as_mixes_of_contents(engine, prompter) -> None:
+    mix = [{"name": "chat", "scale": 2}, {"name": "query", "scale": 0.5}, {"name": "twin"}]
+    rows = [native(0, adapter="query"), native(1, adapters=mix), native(2, task="sum"), native(3, model="base")]
+    done = {row.row: body(row) for row in run(engine, prompter, rows, MIXED)}
+    assert [request.mix for request in engine.seen] == [(("s", 1.0),), (("c", 1.0), ("s", 1.5)), (("c", 0.5),), ()]
+    assert [done[number]["model"] for number in range(4)] == ["query", "base", "base", "base"]
+    assert done[0]["loramill"] == {"adapter": "sql", "adapter_sha256": "s", "mode": "dynamic"}
+    assert done[2]["loramill"] == {"adapter": "chat", "adapter_sha256": "c", "mode": "dynamic", "scale": 0.5}
+    assert done[3]["loramill"]["mode"] == "base"
+    assert [one["name"] for one in done[1]["loramill"]["adapters"]] == ["chat", "sql", "twin"]
+    assert done[1]["loramill"]["adapter"] is None
+
+
+def test_a_mix_is_rendered_by_its_first_adapters_template(engine, prompter, byte_tokenizer) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "prompt": None}
+    run(engine, prompter, [native(0, adapters=[{"name": "chat"}, {"name": "sql"}], **chat)], MIXED)
+    assert engine.seen[0].prompt == text_ids("own hi", byte_tokenizer)
+
+
+def test_what_is_served_statically_is_the_shards_to_say(engine, prompter) -> None:
+    rows = [native(0, adapter="sql"), native(1, adapter="chat"), native(2)]
+    done = {row.row: body(row) for row in run(engine, prompter, rows, MIXED, merged=lambda mix: mix[0][0] == "s")}
+    assert [request.merged for request in engine.seen] == [True, False, False]
+    assert [done[number]["loramill"]["mode"] for number in range(3)] == ["static", "dynamic", "base"]
+
+
+def test_a_row_that_the_engine_does_not_take_fails_alone(engine, prompter, monkeypatch) -> None:
+    add = engine.add
+
+    def picky(request: Request) -> None:
+        if request.mix:
+            raise ValueError("adapter s is not registered with this engine")
+        add(request)
+
+    monkeypatch.setattr(engine, "add", picky)
+    done = {row.row: row for row in run(engine, prompter, [native(0), native(1, adapter="sql"), native(2)])}
+    assert [done[number].failed for number in range(3)] == [False, True, False]
+    line = json.loads(done[1].line)
+    assert (line["custom_id"], line["response"]["status_code"]) == ("r1", 500)
+    assert body(done[1])["error"]["code"] == "engine_error"
