@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loramill.producer import hub
 from loramill.producer.failures import ExitCode, Failure
 from loramill.schemas.prompt import Limits, Prompter, Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Weights as safetensors, configs and tokenizers: nothing that can run code, no second copy of the weights.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKENIZER_FILES = re.compile(
     r"tokenizer.*|chat_template.*|special_tokens_map.json|added_tokens.json|vocab.*|merges.txt"
 )
@@ -43,18 +40,10 @@ def locate_base(path_or_id: str) -> Path:
         return path
     if path.exists() or not _HUB_ID.fullmatch(path_or_id):
         raise Failure(ExitCode.INPUT, f"--base-model {path_or_id}: no such folder")
-    # transformers' own name for it: the hub client is its dependency, not ours.
-    from transformers.utils.hub import snapshot_download
-
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
-    except Exception as error:  # offline, gated, unknown, no space: the hub client has two dozen errors for it
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Failure(
-            ExitCode.INPUT,
-            f"--base-model {path_or_id}: no such folder, and the hub does not give a model of that id: {reason}",
-        ) from error
+        return hub.fetch(path_or_id)
+    except ValueError as error:
+        raise Failure(ExitCode.INPUT, f"--base-model {path_or_id}: no such folder, and {error}") from error
 
 
 def base_name_of(path_or_id: str) -> str:
@@ -62,10 +51,8 @@ def base_name_of(path_or_id: str) -> str:
     return Path(path_or_id).name or Path(path_or_id).resolve().name
 
 
-def load_prompter(
-    base: Path, limits: Limits, *, chat_template: str | None, adapter_templates: Mapping[str, str]
-) -> Prompter:
-    """The base's tokenizer with the chat templates in use. Raises Failure (INPUT)."""
+def load_prompter(base: Path, limits: Limits, *, chat_template: str | None) -> Prompter:
+    """The base's tokenizer with its chat template, or the one given. Raises Failure (INPUT)."""
     from transformers import AutoTokenizer
 
     try:
@@ -73,7 +60,7 @@ def load_prompter(
     except Exception as error:  # tokenizers raise bare Exceptions for files that they cannot read
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Failure(ExitCode.INPUT, f"{base}: the tokenizer cannot be loaded: {reason}") from error
-    return Prompter(tokenizer, limits, chat_template=chat_template, adapter_templates=adapter_templates)
+    return Prompter(tokenizer, limits, chat_template=chat_template)
 
 
 def read_template(path: Path) -> str:

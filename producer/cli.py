@@ -14,7 +14,7 @@ import click
 import loramill
 from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.interrupts import held
-from loramill.producer.options import RunOptions, run_options
+from loramill.producer.options import RunOptions, list_options, run_options, verify_options
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -35,6 +35,43 @@ def run(**given: Any) -> ExitCode:
         from loramill.producer.run import run_file  # torch and transformers take seconds, which are the run's too
 
     return run_file(RunOptions(**given), started_s)
+
+
+@cli.group()
+def adapters() -> None:
+    """What adapters hold, and whether they fit a base."""
+
+
+@adapters.command("list")
+@list_options
+def list_(**given: Any) -> ExitCode:
+    """One line for each adapter that is registered."""
+    with held():
+        from loramill.producer import catalogue
+
+    return catalogue.show((), **given)
+
+
+@adapters.command()
+@click.argument("name")
+@list_options
+def inspect(name: str, **given: Any) -> ExitCode:
+    """Everything about one adapter."""
+    with held():
+        from loramill.producer import catalogue
+
+    return catalogue.show((name,), in_full=True, **given)
+
+
+@adapters.command()
+@click.argument("names", nargs=-1)
+@verify_options
+def verify(names: tuple[str, ...], **given: Any) -> ExitCode:
+    """What adapters (all, or the NAMES) change in one answer, and whether PEFT computes the same, in float32."""
+    with held():
+        from loramill.producer import verify as checks
+
+    return checks.verify(names, **given)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

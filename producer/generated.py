@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -37,7 +37,12 @@ class Generated:
     completion_tokens: int
     adapter: str | None
     adapter_sha256: str | None
+    """Of the one adapter that answered; None for the base and for a mix."""
     error: str | None = None
+    adapters: dict[str, float] = field(default_factory=dict)
+    """All that answered, with the strength of each."""
+    mode: str | None = None
+    """`base`, `dynamic` or `static`."""
 
     @property
     def text(self) -> str:
@@ -104,4 +109,12 @@ def generated(index: int, line: bytes) -> Generated:
         usage["completion_tokens"],
         served["adapter"],
         served["adapter_sha256"],
+        adapters=_strengths(served),
+        mode=served["mode"],
     )
+
+
+def _strengths(served: Mapping[str, Any]) -> dict[str, float]:
+    if served["adapter"] is not None:
+        return {served["adapter"]: served.get("scale", 1.0)}
+    return {one["name"]: one["scale"] for one in served.get("adapters", ())}

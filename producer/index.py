@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from loramill.schemas.names import Uses
+
 MAX_SHOWN = 100
 
 
@@ -36,13 +38,15 @@ class Index:
     offset: NDArray[np.int64]
     length: NDArray[np.int32]
     """Where `Input.read` finds the line."""
-    adapter: NDArray[np.int32]
-    """Position in the `adapters` that were passed; -1 is the base."""
+    mix: NDArray[np.int32]
+    """Position in `mixes`; -1 is the base."""
     prompt_tokens: NDArray[np.int32]
     max_tokens: NDArray[np.int32]
     """Resolved: the most tokens that one answer of the row can have."""
     n: NDArray[np.int32]
     """Answers asked for."""
+    mixes: list[Uses]
+    """Each once: the adapters that answer a row, with the strength of each."""
     total_rows: int
     """Non-blank lines, valid or not."""
     problem_count: int
@@ -51,6 +55,12 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that the valid rows come to, in the order in which they first do."""
+        used = [self.mixes[position] for position in np.unique(self.mix) if position >= 0]
+        return list(dict.fromkeys(name for uses in used for name, _ in uses))
 
     @property
     def cost(self) -> NDArray[np.int64]:

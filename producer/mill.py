@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import queue
 import tempfile
-import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,48 +17,63 @@ from loramill.producer.failures import Failure
 from loramill.producer.generated import Generated, Row, generated, line_of, rows_of
 from loramill.producer.options import ModelOptions
 from loramill.producer.reader import Input
+from loramill.producer.specs import check_name, spec_of
 from loramill.producer.validate import validate
+from loramill.schemas.errors import did_you_mean
 
 if TYPE_CHECKING:
     from loramill.producer.local import Shard
     from loramill.store.journal import DoneRow
 
 
-@dataclass(slots=True)
-class _Batch:
+Given = str | PathLike[str] | tuple[str | PathLike[str], float] | Mapping[str, Any]
+"""An adapter: a path or a hub id as `--adapter` takes it, with its scale, or `{"path", "revision", "scale"}`."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Batch:
     """Checked rows on their way."""
 
     count: int
     shard: Shard
+    adapters: frozenset[str]
+    """Content hashes that the rows use."""
+    left: int
+    """Rows that have not finished."""
+    submitted: bool = False
 
 
 class Mill:
     """A base model with its adapters, loaded.
 
     `options` are those of `loramill run`, by their long names: `max_loras_per_batch=8`, `dtype="float32"`,
-    `adapters_dir=...`, `seed=0`, ... Raises ValueError for a base or adapters that cannot be served, with every reason.
+    `adapters_dir=...`, `adapters_file=...`, `seed=0`, ... Raises ValueError for a base or adapters that cannot be
+    served, with every reason.
     """
 
     def __init__(
         self,
         base_model: str | PathLike[str],
-        adapters: Mapping[str, str | PathLike[str]] | None = None,
+        adapters: Mapping[str, Given] | None = None,
         **options: Any,
     ) -> None:
-        from loramill.producer import local  # torch comes with it
+        from loramill.producer import local, models  # torch comes with them
 
-        for name in ("adapters_dir", "chat_template"):
+        for name in ("adapters_dir", "adapters_file", "chat_template"):
             if options.get(name) is not None:
                 options[name] = Path(options[name])
-        folders = {name: Path(path) for name, path in (adapters or {}).items()}
-        wanted = ModelOptions(base_model=str(base_model), adapters=folders, **options)
+        specs = {check_name(name): spec_of(given) for name, given in (adapters or {}).items()}
+        self._options = ModelOptions(base_model=str(base_model), adapters=specs, **options)
         try:
-            self._models = local.open_models(wanted)
-            local.refuse_adapters(self._models.unusable)
-            self._engine = local.LocalEngine(self._models, wanted)
+            self._models = models.open_models(self._options)
+            models.refuse_adapters(self._models.unusable)
+            self._engine = local.LocalEngine(self._models, self._options)
         except Failure as failure:
             raise ValueError(str(failure)) from failure
         self._rows_seen = 0
+        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
+        self._retired: set[str] = set()
+        """Content hashes that no name stands for any more; rows that began before may use them."""
 
     def generate(self, prompts: Any, *, adapter: str | None = None, **sampling: Any) -> Iterator[Generated]:
         """Answers `prompts` (one or several of: text, token ids, chat messages), all by `adapter` and with the same
@@ -76,8 +88,42 @@ class Mill:
     def run(self, rows: Iterable[Row]) -> Iterator[Generated]:
         """Like `generate` for rows with their own adapters and sampling: `{"adapter", "prompt" | "messages", ...}`."""
         ready: dict[int, bytes] = {}
-        batch = self._open(rows, lambda done: ready.update((row.row, row.line) for row in done))
+        batch = self.open(rows, lambda done: ready.update((row.row, row.line) for row in done))
         return self._results(batch, ready) if batch else iter(())
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters' names, each with its content's hash."""
+        return {name: named.sha256 for name, named in self._models.names.adapters.items()}
+
+    def add_adapter(self, name: str, path: str | PathLike[str], scale: float = 1.0) -> None:
+        """One adapter more, for rows that come from now on. Raises ValueError with every reason against it."""
+        if name in self._models.names.adapters:
+            raise ValueError(f"there is an adapter {name!r} already: replace_adapter puts another in its place")
+        self._put(name, path, scale)
+
+    def replace_adapter(self, name: str, path: str | PathLike[str], scale: float = 1.0) -> None:
+        """Another adapter under a name that there is. Rows that were passed before are answered by the old one.
+
+        Raises ValueError with every reason against it; then the old one stays.
+        """
+        self._retired.add(self._known(name))
+        self._put(name, path, scale)
+
+    def remove_adapter(self, name: str, *, wait: bool = False) -> None:
+        """Forget an adapter. With `wait`, rows that use it are finished first.
+
+        Raises ValueError if it is not known, an alias or a route leads to it, or rows that use it are not finished.
+        """
+        sha256 = self._known(name)
+        without = self._models.without_adapter(name)
+        if wait:
+            self._finish(sha256)
+        if self._in_use(sha256):
+            raise ValueError(f"adapter {name!r} is in use by rows that are not finished; wait=True finishes them")
+        self._models = without
+        self._retired.add(sha256)
+        self._forget_retired()
 
     def close(self) -> None:
         """Lets the model go."""
@@ -89,19 +135,28 @@ class Mill:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _results(self, batch: _Batch, ready: dict[int, bytes]) -> Iterator[Generated]:
-        runner = self._engine.runner
-        runner.submit(batch.shard)
-        try:
-            for number in range(batch.count):
-                while number not in ready:
-                    runner.step()
-                yield generated(number, ready.pop(number))
-        finally:
-            self._drop(batch)
+    def submit(self, batch: Batch) -> None:
+        """Lets the rows run, if they do not already."""
+        if not batch.submitted:
+            batch.submitted = True
+            self._engine.runner.submit(batch.shard)
 
-    def _open(self, rows: Iterable[Row], emit: Callable[[list[DoneRow]], None]) -> _Batch | None:
-        """Checks rows the way the command does: as lines of a file. None if there are none."""
+    def drop(self, batch: Batch) -> None:
+        """Starts no further row of the batch."""
+        batch.left = 0
+        self._engine.runner.cancel(batch.shard)
+
+    def step(self) -> None:
+        """One forward pass over the rows of every batch; does nothing if there is none."""
+        self._engine.runner.step()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._engine.runner.has_work
+
+    def open(self, rows: Iterable[Row], emit: Callable[[list[DoneRow]], None]) -> Batch | None:
+        """Checks rows the way the command does: as lines of a file. None if there are none. Raises ValueError."""
         file = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
         first = self._rows_seen
         for row in rows:
@@ -113,122 +168,70 @@ class Mill:
         weakref.finalize(source, file.close)
         if self._rows_seen == first:
             return None
-        models = self._models
-        index = validate(source, models.prompter, base_name=models.base_name, adapters=models.names)
+        self._forget_retired()
+        names, max_mix = self._models.names, self._options.max_loras_per_batch
+        index = validate(source, self._models.prompter, names=names, max_mix=max_mix)
         if index.problem_count:
             shown = [f"row {p.line - 1}: {p.param}: {p.message}" for p in index.problems]
             raise ValueError("\n".join([*shown, f"{index.problem_count} of {index.total_rows} rows are invalid"]))
-        left = np.arange(len(index))
-        shard = self._engine.shard(source, index, left, job_id=f"mill-{id(self):x}-{first}", emit=emit)
-        return _Batch(len(index), shard)
 
-    def _drop(self, batch: _Batch) -> None:
-        self._engine.runner.cancel(batch.shard)
+        def count(done: list[DoneRow]) -> None:
+            if batch := held():
+                batch.left -= len(done)
+            emit(done)
 
-
-class AsyncMill:
-    """A Mill in a thread of its own: `async with AsyncMill(base, adapters=...) as mill`.
-
-    Any number of calls at once share its batches.
-    """
-
-    def __init__(
-        self,
-        base_model: str | PathLike[str],
-        adapters: Mapping[str, str | PathLike[str]] | None = None,
-        **options: Any,
-    ) -> None:
-        self._make: Callable[[], Mill] = lambda: Mill(base_model, adapters, **options)
-        self._todo: queue.SimpleQueue[Callable[[Mill], None] | None] = queue.SimpleQueue()
-        self._listeners: set[Callable[[Any], None]] = set()
-        self._ended: BaseException | None = None
-
-    async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Queue[BaseException | None] = asyncio.Queue()
-        self._thread = threading.Thread(
-            target=self._serve, args=(lambda error: loop.call_soon_threadsafe(loaded.put_nowait, error),), daemon=True
+        shard = self._engine.shard(
+            source, index, np.arange(len(index)), names=names, job_id=f"mill-{id(self):x}-{first}", emit=count
         )
-        self._thread.start()
-        if error := await loaded.get():
-            raise error
-        return self
+        used = frozenset(names.adapters[name].sha256 for name in index.adapters)
+        batch = Batch(len(index), shard, used, left=len(index))
+        held = weakref.ref(batch)
+        self._batches.add(batch)
+        return batch
 
-    async def __aexit__(self, *_: object) -> None:
-        self._todo.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-    def generate(self, prompts: Any, *, adapter: str | None = None, **sampling: Any) -> AsyncIterator[Generated]:
-        """As Mill.generate; the rows run whether or not the results are taken."""
-        return self.run(rows_of(prompts, adapter, sampling))
-
-    async def run(self, rows: Iterable[Row]) -> AsyncIterator[Generated]:
-        """As Mill.run."""
-        loop = asyncio.get_running_loop()
-        mail: asyncio.Queue[Any] = asyncio.Queue()
-
-        def post(item: Any) -> None:
-            loop.call_soon_threadsafe(mail.put_nowait, item)
-
-        self._listeners.add(post)  # before the look at _ended: whatever ends the thread now is heard of
-        if self._ended:
-            raise self._ended
-        batch: _Batch | None = None
+    def _results(self, batch: Batch, ready: dict[int, bytes]) -> Iterator[Generated]:
+        self.submit(batch)
         try:
-            self._todo.put(lambda mill: self._submit(mill, rows, post))
-            batch = _raised(await mail.get())
-            ready: dict[int, bytes] = {}
-            for number in range(batch.count if batch else 0):
+            for number in range(batch.count):
                 while number not in ready:
-                    ready.update((row.row, row.line) for row in _raised(await mail.get()))
+                    self.step()
                 yield generated(number, ready.pop(number))
         finally:
-            self._listeners.discard(post)
-            if batch is not None:
-                dropped = batch
-                self._todo.put(lambda mill: mill._drop(dropped))
+            self.drop(batch)
 
-    def _serve(self, loaded: Callable[[BaseException | None], Any]) -> None:
+    def _known(self, name: str) -> str:
+        if name not in self._models.names.adapters:
+            raise ValueError(f"there is no adapter {name!r}{did_you_mean(name, self._models.names.adapters)}")
+        return self._models.names.adapters[name].sha256
+
+    def _put(self, name: str, path: str | PathLike[str], scale: float) -> None:
+        from loramill.producer import models
+
         try:
-            mill = self._make()
-        except BaseException as error:
-            loaded(error)
-            return
-        loaded(None)
-        with mill:
-            self._work(mill)
+            opened = models.open_spec(spec_of((path, scale)), self._models.base, self._options)
+        except models.AdapterError as error:
+            raise ValueError("\n".join(f"adapter `{name}`: {why}" for why in error.problems)) from error
+        self._models = self._models.with_adapter(name, opened)
+        self._engine.register(opened.adapter)
+        self._forget_retired()
 
-    def _work(self, mill: Mill) -> None:
-        runner = mill._engine.runner
-        while True:
+    def _in_use(self, sha256: str) -> bool:
+        return any(batch.left and sha256 in batch.adapters for batch in self._batches)
+
+    def _finish(self, sha256: str) -> None:
+        """Runs until no row is left that uses this content."""
+        for batch in [batch for batch in self._batches if sha256 in batch.adapters and batch.left]:
+            self.submit(batch)
+        while self._in_use(sha256):
+            self.step()
+
+    def _forget_retired(self) -> None:
+        """Lets the engine forget contents that neither a name nor a row stands for any more."""
+        named = set(self.adapters.values())
+        for sha256 in [sha256 for sha256 in self._retired if sha256 in named or not self._in_use(sha256)]:
             try:
-                todo = self._todo.get(block=not runner.has_work)
-                if todo is None:
-                    return
-                todo(mill)
-            except queue.Empty:
-                pass
-            try:
-                runner.step()
-            except BaseException as error:
-                self._ended = error
-                for post in list(self._listeners):
-                    post(error)
-                return
-
-    @staticmethod
-    def _submit(mill: Mill, rows: Iterable[Row], post: Callable[[Any], None]) -> None:
-        try:
-            batch = mill._open(rows, post)
-        except Exception as error:
-            post(error)
-            return
-        post(batch)
-        if batch:
-            mill._engine.runner.submit(batch.shard)
-
-
-def _raised(item: Any) -> Any:
-    if isinstance(item, BaseException):
-        raise item
-    return item
+                if sha256 not in named:
+                    self._engine.forget(sha256)
+            except ValueError:
+                continue  # dropped rows that the engine has begun still use it
+            self._retired.discard(sha256)

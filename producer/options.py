@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from loramill.producer.adapters_file import specs_of_json
+from loramill.producer.specs import AdapterSpec, check_name, spec_of
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = "KMGT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
+class AdapterOptions:
+    """Which adapters there are."""
+
+    adapters: Mapping[str, AdapterSpec] = field(default_factory=dict)
+    adapters_json: Mapping[str, AdapterSpec] = field(default_factory=dict)
+    adapters_dir: Path | None = None
+    adapters_file: Path | None = None
+    """TOML or JSON, with aliases and routes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions(AdapterOptions):
     """The base, the adapters, and how the engine serves them."""
 
     base_model: str
     """A folder, or an id on the hub."""
     base_name: str | None = None
     """What rows call the base; None takes the last part of `base_model`."""
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    adapters_dir: Path | None = None
     allow_noop_adapters: bool = False
     chat_template: Path | None = None
     max_lora_rank: int = 64
@@ -91,20 +102,31 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
     return size
 
 
-def _named_paths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
-    """Every `NAME=PATH`; a bad name, or the same one twice, is a usage error."""
-    named: dict[str, Path] = {}
+def _named_specs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, AdapterSpec]:
+    """Every `NAME=SPEC`; a bad name, or the same one twice, is a usage error."""
+    named: dict[str, AdapterSpec] = {}
     for value in values:
-        name, _, path = value.strip().partition("=")
-        if not path:
+        name, _, text = value.strip().partition("=")
+        if not text:
             raise click.BadParameter(f"{value!r} is not NAME=PATH", ctx, param)
-        if not ADAPTER_NAME.fullmatch(name):
-            allowed = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-            raise click.BadParameter(f"{name!r} is not an adapter name: {allowed}", ctx, param)
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
         if name in named:
             raise click.BadParameter(f"adapter {name!r} is given twice", ctx, param)
-        named[name] = Path(path)
+        named[name] = spec_of(text)
     return named
+
+
+def _json_specs(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, AdapterSpec]:
+    """Every adapter of a JSON object."""
+    if not value:
+        return {}
+    try:
+        return specs_of_json(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -122,24 +144,36 @@ _FILE = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
 _DTYPES = click.Choice(["auto", "bfloat16", "float16", "float32"])
 
+ADAPTER_FLAGS = [
+    _flag("--adapter", dest="adapters", multiple=True, type=_CommaSeparated(), callback=_named_specs,
+          metavar="NAME=PATH_OR_ID[@REV][*SCALE]",
+          help="A LoRA adapter and its name in job lines; repeat it. In the environment: comma-separated."),
+    _flag("--adapters", dest="adapters_json", callback=_json_specs, metavar="JSON",
+          help='Adapters as one JSON object: {"name": "path"}.'),
+    _flag("--adapters-dir", type=_FILE, metavar="DIR", help="Every sub-folder with an adapter, named after it."),
+    _flag("--adapters-file", type=_FILE, metavar="FILE", help="Adapters, aliases and routes, as .toml or .json."),
+]  # fmt: skip
+
+_BASE_HELP = "A model folder, or an id on the hub."
+_MAX_RANK = _flag("--max-lora-rank", type=_POSITIVE, default=64, help="Adapters over this rank are refused.")
+_ALLOW_NOOP = _flag("--allow-noop-adapters", is_flag=True, help="Accept adapters that change nothing.")
+_DEVICE = _flag("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
+
 _RUN_FLAGS = [
     _flag("--input", "-i", required=True, metavar="IN", help="Job lines: .jsonl, .jsonl.gz, .jsonl.zst, or - (stdin)."),
     _flag("--output", "-o", required=True, type=_FILE, metavar="OUT", help="Result lines, in input order."),
-    _flag("--base-model", required=True, metavar="PATH_OR_ID", help="A model folder, or an id on the hub."),
+    _flag("--base-model", required=True, metavar="PATH_OR_ID", help=_BASE_HELP),
     _flag("--base-name", metavar="NAME", help="The base's name in job lines.  [default: last part of --base-model]"),
-    _flag("--adapter", dest="adapters", multiple=True, type=_CommaSeparated(), callback=_named_paths,
-          metavar="NAME=PATH",
-          help="A LoRA adapter and its name in job lines; repeat it. In the environment: comma-separated."),
-    _flag("--adapters-dir", type=_FILE, metavar="DIR", help="Every sub-folder with an adapter, named after it."),
-    _flag("--allow-noop-adapters", is_flag=True, help="Accept adapters that change nothing."),
+    *ADAPTER_FLAGS,
+    _ALLOW_NOOP,
     _flag("--errors", type=_FILE, metavar="FILE", help="Failed rows.  [default: OUT with .errors before .jsonl]"),
     _flag("--max-loras-per-batch", type=_POSITIVE, default=8, help="Adapters on the device at once."),
     _flag("--max-num-seqs", type=_POSITIVE, help="Sequences in flight.  [default: what the device suits]"),
     _flag("--max-num-batched-tokens", type=_POSITIVE, default=8192, help="Tokens in one forward pass."),
     _flag("--max-model-len", type=_POSITIVE, help="Prompt and output tokens of a row.  [default: the model's context]"),
-    _flag("--max-lora-rank", type=_POSITIVE, default=64, help="Adapters over this rank are refused."),
+    _MAX_RANK,
     _flag("--dtype", type=_DTYPES, default="auto", help="What to compute in."),
-    _flag("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
+    _DEVICE,
     _flag("--kv-cache-memory", callback=_size, default="auto", metavar="auto|SIZE",
           help="Memory for keys and values, such as 4GiB."),
     _flag("--chat-template", type=_FILE, metavar="FILE", help="A Jinja chat template in place of the base's own."),
@@ -154,8 +188,31 @@ _RUN_FLAGS = [
 ]  # fmt: skip
 
 
-def run_options(command: _Command) -> _Command:
-    """Decorates a click command that takes RunOptions' fields as keyword arguments."""
-    for flag in reversed(_RUN_FLAGS):
-        command = flag(command)
-    return command
+_EACH_JSON = _flag("--json", is_flag=True, help="One JSON object an adapter.")
+_LIST_FLAGS = [
+    *ADAPTER_FLAGS,
+    _flag("--base-model", metavar="PATH_OR_ID", help="Say whether they fit it: a model folder, or an id on the hub."),
+    _ALLOW_NOOP, _MAX_RANK, _EACH_JSON,
+]  # fmt: skip
+_VERIFY_FLAGS = [
+    *ADAPTER_FLAGS,
+    _flag("--base-model", required=True, metavar="PATH_OR_ID", help=_BASE_HELP),
+    _flag("--prompt", default="The quick brown fox", metavar="TEXT", help="What is completed."),
+    _ALLOW_NOOP, _MAX_RANK, _DEVICE, _EACH_JSON,
+]  # fmt: skip
+
+
+def _options(flags: Sequence[Callable[[Any], Any]]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+run_options = _options(_RUN_FLAGS)
+"""Decorates a click command that takes RunOptions' fields as keyword arguments."""
+list_options = _options(_LIST_FLAGS)
+"""Of commands about adapters, with or without a base."""
+verify_options = _options(_VERIFY_FLAGS)

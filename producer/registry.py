@@ -1,4 +1,4 @@
-"""Which adapters a run knows: names to folders."""
+"""Which adapters, aliases and routes a run knows, and who said so."""
 
 from __future__ import annotations
 
@@ -6,45 +6,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loramill.producer.adapters_file import read_adapters_file
 from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.options import ADAPTER_NAME
+from loramill.producer.options import AdapterOptions
+from loramill.producer.specs import ADAPTER_NAME, AdapterSpec
+
+
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """A registered adapter. One that was only found in a folder, not given by name, may be unusable as long as no row
+    names it."""
+
+    spec: AdapterSpec
+    source: str
+    given: bool = True
 
 
 @dataclass(slots=True)
-class AdapterFolders:
-    """Adapters by name. Those that were only found, not given one by one, may be unusable as long as no row names
-    them."""
+class Registry:
+    """Everything that was registered, in the order of the sources."""
 
-    given: dict[str, Path]
-    found: dict[str, Path] = field(default_factory=dict)
+    adapters: dict[str, Entry] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     """Found, and not to be used: name -> why."""
+    aliases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def all(self) -> dict[str, Path]:
-        """Every adapter that can be tried, the given ones first."""
-        return self.given | self.found
+    def add(self, name: str, entry: Entry) -> None:
+        """Raises Failure (USAGE) for a name that another source gave."""
+        if name in self.adapters:
+            raise Failure(ExitCode.USAGE, f"{self.adapters[name].source} and {entry.source} both give adapter {name!r}")
+        self.adapters[name] = entry
 
 
-def find_adapters(given: Mapping[str, Path], folder: Path | None) -> AdapterFolders:
-    """`given`, and every sub-folder of `folder` that has an adapter, named after it.
+def read_registry(options: AdapterOptions) -> Registry:
+    """The adapters of all sources together.
 
-    Raises Failure: INPUT if the folder cannot be read, USAGE for a name that both have.
+    Raises Failure: INPUT for a file or folder that cannot be read, USAGE for a name that two sources give.
     """
-    known = AdapterFolders(dict(given))
-    if folder is None:
-        return known
+    registry = Registry()
+    for specs, source in ((options.adapters, "--adapter"), (options.adapters_json, "--adapters")):
+        for name, spec in specs.items():
+            registry.add(name, Entry(spec, source))
+    if options.adapters_file is not None:
+        source = f"--adapters-file {options.adapters_file}"
+        try:
+            file = read_adapters_file(options.adapters_file)
+        except ValueError as error:
+            raise Failure(ExitCode.INPUT, f"--adapters-file {error}") from error
+        for name, spec in file.adapters.items():
+            registry.add(name, Entry(spec, source))
+        registry.aliases, registry.routes = file.aliases, file.routes
+    if options.adapters_dir is not None:
+        _read_folder(registry, options.adapters_dir)
+    return registry
+
+
+def _read_folder(registry: Registry, folder: Path) -> None:
+    """Every sub-folder that has an adapter, named after it."""
+    source = f"--adapters-dir {folder}"
     try:
         root = folder.resolve(strict=True)
         entries = sorted(entry for entry in root.iterdir() if (entry / "adapter_config.json").is_file())
     except OSError as error:
-        raise Failure(ExitCode.INPUT, f"--adapters-dir {folder}: cannot be read: {error.strerror}") from error
+        raise Failure(ExitCode.INPUT, f"{source}: cannot be read: {error.strerror}") from error
     for entry in entries:
-        if entry.name in given:
-            raise Failure(ExitCode.USAGE, f"--adapter {entry.name} and --adapters-dir {folder} both give that name")
+        path = folder / entry.name
         if not ADAPTER_NAME.fullmatch(entry.name):
-            known.refused[entry.name] = f"{folder / entry.name}: the folder's name cannot be an adapter's name"
+            registry.refused[entry.name] = f"{path}: the folder's name cannot be an adapter's name"
         elif not entry.resolve().is_relative_to(root):
-            known.refused[entry.name] = f"{folder / entry.name}: the link leads out of --adapters-dir"
+            registry.refused[entry.name] = f"{path}: the link leads out of --adapters-dir"
         else:
-            known.found[entry.name] = folder / entry.name
-    return known
+            registry.add(entry.name, Entry(AdapterSpec(str(path)), source, given=False))

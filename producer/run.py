@@ -17,7 +17,8 @@ from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.index import Index
 from loramill.producer.interrupts import Interrupts
 from loramill.producer.invalid import InvalidLines
-from loramill.producer.local import LocalEngine, Models, identity_of, open_models, refuse_adapters
+from loramill.producer.local import LocalEngine
+from loramill.producer.models import Models, open_models
 from loramill.producer.options import RunOptions
 from loramill.producer.outputs import check_outputs, publish, refuse_existing
 from loramill.producer.progress import Moment, Progress, counter, note
@@ -75,7 +76,7 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
     folder = options.output.parent
     with Interrupts() as interrupts, _as_failures(folder):
         check_outputs(options)
-        models = open_models(options)
+        models = open_models(options, all_or_nothing=options.on_invalid == "fail")
         with open_input(options.input, str(folder)) as source, closing(InvalidLines(folder)) as invalid:
             interrupts.check()
             index = _check(source, models, options, invalid)
@@ -93,8 +94,8 @@ def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidL
     index = validate(
         source,
         models.prompter,
-        base_name=models.base_name,
-        adapters=models.names,
+        names=models.names,
+        max_mix=options.max_loras_per_batch,
         max_rows=options.limit,
         on_invalid=invalid.add if skip else None,
         on_progress=counter(f"checked {{}} lines of {source.name}", quiet=options.quiet),
@@ -104,10 +105,9 @@ def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidL
         more = f" (the first {len(shown)} are shown)" if index.problem_count > len(shown) else ""
         count = f"{index.problem_count:,} of {index.total_rows:,} lines are invalid{more}"
         raise Failure(ExitCode.INPUT, *shown, f"{count}: nothing was run; --on-invalid skip runs the others")
-    named = models.named_by(index)
-    refuse_adapters({name: models.unusable[name] for name in named if name in models.unusable})
     for name, problems in models.unusable.items():
-        note(f"Warning: adapter `{name}` cannot be served, and no row names it: {problems[0]}", quiet=options.quiet)
+        rows = "the rows that name it are invalid" if skip else "no row names it"
+        note(f"Warning: adapter `{name}` cannot be served, {rows}: {'; '.join(problems)}", quiet=options.quiet)
     return index
 
 
@@ -116,8 +116,8 @@ def _open_journal(options: RunOptions, source: Input, models: Models, index: Ind
     identity = {
         "input": source.sha256,
         "--limit": str(options.limit),
-        "--base-name": models.base_name,
-        **identity_of(models, models.named_by(index)),
+        "--base-name": models.names.base,
+        **models.identity(index.adapters),
     }
     try:
         return Journal(options.journal_path, identity)
@@ -159,7 +159,7 @@ def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
     if not len(left):
         return
     before = f", {summary.resumed:,} done before" if summary.resumed else ""
-    note(f"{summary.rows:,} rows{before}, {len(job.models.named_by(index))} adapters: loading the base", quiet=quiet)
+    note(f"{summary.rows:,} rows{before}, {len(index.adapters)} adapters: loading the base", quiet=quiet)
     load_started_s = time.monotonic()
     engine = LocalEngine(job.models, job.options, longest_row=int((index.prompt_tokens + index.max_tokens)[left].max()))
     run_started_s = time.monotonic()
@@ -177,7 +177,7 @@ def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
         tokens = (stats.prompt_tokens, stats.completion_tokens)
         progress.update(Moment(rows_done, rows_failed, *tokens, stats.resident))
 
-    shard = engine.shard(job.source, index, left, job_id=job.id, emit=commit)
+    shard = engine.shard(job.source, index, left, names=job.models.names, job_id=job.id, emit=commit)
     with Progress(summary.rows, quiet=quiet) as progress, interrupts.draining():
         engine.run(shard, stopping=lambda: interrupts.requested, on_step=show)
     stats = engine.stats

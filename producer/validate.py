@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from loramill.schemas.errors import ErrorCode, LineError, invalid
+from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
-from loramill.schemas.request import Row, parse_line, resolve_model
+from loramill.schemas.request import Row, parse_line
 from loramill.schemas.sampling import Params, resolve_max_tokens
 
 from .index import MAX_SHOWN, Index, Problem
@@ -19,7 +20,6 @@ from .reader import Input
 # tokenizer holds some hundred bytes for each token of a batch.
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 256 * 2**10
-_MAX_NAMES = 100_000
 _INVALID = -2
 
 OnInvalid = Callable[[int, int, LineError], None]
@@ -30,18 +30,19 @@ def validate(
     source: Input,
     prompter: Prompter,
     *,
-    base_name: str,
-    adapters: Sequence[str],
+    names: Names,
+    max_mix: int,
     max_rows: int | None = None,
     on_invalid: OnInvalid | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Index:
     """Check every line of `source` (or its first `max_rows` rows) and index the valid ones.
 
+    names: what rows may name.  max_mix: the most adapters that one row may mix (--max-loras-per-batch).
     `on_invalid` hears of every invalid line, not quite in order (duplicates come last); `on_progress` of the number of
     rows done, some times a second. Raises InputError when the input as a whole is unusable.
     """
-    scan = _Scan(source, prompter, base_name, adapters, on_invalid)
+    scan = _Scan(source, prompter, names, max_mix, on_invalid)
     batch_bytes = 0
     for number, offset, raw in source.lines():
         if max_rows is not None and scan.rows == max_rows:
@@ -67,26 +68,26 @@ class _Scan:
         self,
         source: Input,
         prompter: Prompter,
-        base_name: str,
-        adapters: Sequence[str],
+        names: Names,
+        max_mix: int,
         on_invalid: OnInvalid | None,
     ) -> None:
         self._source = source
         self._prompter = prompter
-        self._base_name = base_name
-        self._names = list(adapters)
-        self._numbers = {name: position for position, name in enumerate(adapters)}
-        self._resolved: dict[str, int | LineError] = {}
+        self._names = names
+        self._route_fields = names.route_fields
+        self._max_mix = max_mix
+        self._mixes: dict[Uses, int] = {(): -1}
         self._on_invalid = on_invalid
         self._line = array("q")
         self._offset = array("q")
         self._length = array("i")
         self._id_hash = array("q")
-        self._adapter = array("i")
+        self._mix = array("i")
         self._prompt_tokens = array("i")
         self._max_tokens = array("i")
         self._n = array("i")
-        self._waiting: list[tuple[int, Row, str | None]] = []
+        self._waiting: list[tuple[int, Row, Uses]] = []
         self._problems: list[Problem] = []
         self._problem_count = 0
 
@@ -110,30 +111,31 @@ class _Scan:
         self._max_tokens.append(0)
         self._n.append(0)
         try:
-            row = parse_line(raw)
+            row = parse_line(raw, self._route_fields)
         except LineError as error:
             # An invalid line holds its custom_id all the same; without one its row number cannot meet another's.
             self._id_hash.append(position if error.custom_id is None else hash(error.custom_id))
-            self._adapter.append(_INVALID)
+            self._mix.append(_INVALID)
             self._report(position, error)
             return
         self._id_hash.append(hash(row.custom_id))
-        self._adapter.append(_INVALID)
+        self._mix.append(_INVALID)
         try:
-            adapter = self._resolve(row.model)
+            uses = self._resolve(row)
             self._check_vocabulary(row.params)
         except LineError as error:
             error.custom_id = row.custom_id
             self._report(position, error)
             return
-        self._adapter[position] = adapter
+        self._mix[position] = self._mixes.setdefault(uses, len(self._mixes) - 1)
         self._n[position] = row.params.samples
-        self._waiting.append((position, row, self._names[adapter] if adapter >= 0 else None))
+        self._waiting.append((position, row, uses))
 
     def flush(self) -> None:
         """Tokenize the waiting rows and check their lengths."""
         rows = [row for _, row, _ in self._waiting]
-        prompts = self._prompter.encode_rows(rows, [adapter for _, _, adapter in self._waiting])
+        templates = [self._names.template(uses) for _, _, uses in self._waiting]
+        prompts = self._prompter.encode_rows(rows, templates)
         for (position, row, _), prompt in zip(self._waiting, prompts, strict=True):
             try:
                 if isinstance(prompt, LineError):
@@ -165,33 +167,27 @@ class _Scan:
 
     def index(self) -> Index:
         """The finished columns, invalid rows left out."""
-        valid = np.frombuffer(self._adapter, np.int32) != _INVALID
+        valid = np.frombuffer(self._mix, np.int32) != _INVALID
         return Index(
             row=np.flatnonzero(valid),
             offset=np.frombuffer(self._offset, np.int64)[valid],
             length=np.frombuffer(self._length, np.int32)[valid],
-            adapter=np.frombuffer(self._adapter, np.int32)[valid],
+            mix=np.frombuffer(self._mix, np.int32)[valid],
             prompt_tokens=np.frombuffer(self._prompt_tokens, np.int32)[valid],
             max_tokens=np.frombuffer(self._max_tokens, np.int32)[valid],
             n=np.frombuffer(self._n, np.int32)[valid],
+            mixes=list(self._mixes)[1:],
             total_rows=self.rows,
             problem_count=self._problem_count,
             problems=self._first_problems(),
         )
 
-    def _resolve(self, model: str) -> int:
-        found = self._resolved.get(model)
-        if found is None:
-            try:
-                name = resolve_model(model, self._base_name, self._numbers)
-                found = -1 if name is None else self._numbers[name]
-            except LineError as error:  # kept too: looking for the nearest of a thousand names takes milliseconds
-                found = error
-            if len(self._resolved) < _MAX_NAMES:
-                self._resolved[model] = found
-        if isinstance(found, LineError):
-            raise LineError(found.code, found.message, found.param)
-        return found
+    def _resolve(self, row: Row) -> Uses:
+        uses = self._names.resolve(row)
+        if len(uses) > self._max_mix and len(self._names.by_hash(uses)) > self._max_mix:
+            message = f"a mix of {len(uses)} adapters; --max-loras-per-batch allows {self._max_mix}"
+            raise invalid(message, "adapters")
+        return uses
 
     def _check_vocabulary(self, params: Params) -> None:
         size = self._prompter.limits.vocab_size
@@ -203,18 +199,19 @@ class _Scan:
     def _claim(self, firsts: dict[str, int], position: int) -> None:
         """Read the row's custom_id again (equal hashes prove nothing) and report it if it is taken."""
         try:
-            custom_id = parse_line(self._source.read(self._offset[position], self._length[position])).custom_id
+            line = self._source.read(self._offset[position], self._length[position])
+            custom_id = parse_line(line, self._route_fields).custom_id
         except LineError as error:
             if error.custom_id is None:
                 return
             custom_id = error.custom_id
         first = firsts.setdefault(custom_id, position)
-        if first != position and self._adapter[position] != _INVALID:
+        if first != position and self._mix[position] != _INVALID:
             message = f"the same custom_id is on line {self._line[first]}"
             self._report(position, LineError(ErrorCode.DUPLICATE_CUSTOM_ID, message, "custom_id", custom_id))
 
     def _report(self, position: int, error: LineError) -> None:
-        self._adapter[position] = _INVALID
+        self._mix[position] = _INVALID
         self._problem_count += 1
         line = self._line[position]
         self._problems.append(Problem(line, error.code, error.message, error.param, error.custom_id))

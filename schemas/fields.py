@@ -48,7 +48,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
-    "loramill": ({},),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "mm_processor_kwargs": ({},),

@@ -40,40 +40,35 @@ _SHORTENING = 4
 
 
 class Prompter:
-    """One base model's tokenizer, with the chat templates of the base and of single adapters."""
+    """One base model's tokenizer and chat template."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        limits: Limits,
-        *,
-        chat_template: str | None = None,
-        adapter_templates: Mapping[str, str] | None = None,
-    ) -> None:
-        """`chat_template` stands in for the base's own; an adapter's own template (by adapter name) serves its rows."""
+    def __init__(self, tokenizer: Tokenizer, limits: Limits, *, chat_template: str | None = None) -> None:
+        """`chat_template` stands in for the base's own."""
         vocab = tokenizer.get_vocab()
         self.limits = limits
         self._tokenizer = tokenizer
         self._template = chat_template
-        self._adapter_templates = dict(adapter_templates or {})
         self._special = frozenset(tokenizer.all_special_ids)
         # Byte-level vocabularies spell a space as this letter, sentencepiece ones as the low line.
         self._byte_level = "Ġ" in vocab and "▁" not in vocab
         self._max_chars = limits.max_model_len * max(map(len, vocab), default=1) * _SHORTENING
         self._pieces: dict[int, tuple[str, bytes]] = {}
 
-    def encode_rows(self, rows: Sequence[Row], adapters: Sequence[str | None]) -> list[list[int] | LineError]:
-        """The prompt of each row as token ids, or what is wrong with it; `adapters` are the rows' adapters by name."""
+    def encode_rows(self, rows: Sequence[Row], templates: Sequence[str | None]) -> list[list[int] | LineError]:
+        """The prompt of each row as token ids, or what is wrong with it.
+
+        templates: for each row the chat template of its adapter; None is the base's.
+        """
         out: list[list[int] | LineError] = [[] for _ in rows]
         chats: list[tuple[int, str]] = []
         texts: list[tuple[int, str]] = []
-        for position, (row, adapter) in enumerate(zip(rows, adapters, strict=True)):
+        for position, (row, template) in enumerate(zip(rows, templates, strict=True)):
             prompt = row.prompt
             try:
                 if isinstance(prompt, str):
                     texts.append((position, self._check_length(prompt, "prompt")))
                 elif row.is_chat:
-                    chats.append((position, self._check_length(self._render(prompt, adapter), "messages")))
+                    chats.append((position, self._check_length(self._render(prompt, template), "messages")))
                 else:
                     out[position] = self._check_ids(prompt)
             except LineError as error:
@@ -110,8 +105,8 @@ class Prompter:
             raise invalid(f"`prompt` holds token id {highest}; the vocabulary has {self.limits.vocab_size}", "prompt")
         return prompt
 
-    def _render(self, messages: list[Any], adapter: str | None) -> str:
-        template = self._adapter_templates.get(adapter, self._template) if adapter else self._template
+    def _render(self, messages: list[Any], template: str | None) -> str:
+        template = self._template if template is None else template
         if template is None and not self._tokenizer.chat_template:
             raise invalid("the base model has no chat template; pass one with --chat-template FILE", "messages")
         conversation: list[Message] = messages

@@ -11,9 +11,10 @@ import orjson
 from pydantic import ValidationError
 
 from .content import Message
-from .errors import ErrorCode, LineError, did_you_mean, invalid
-from .fields import unknown_field, without_unmodelled
+from .errors import ErrorCode, LineError, invalid
+from .fields import INERT, UNSUPPORTED, unknown_field, without_unmodelled
 from .sampling import ChatBody, CompletionBody, Params
+from .wanted import Strengths, take_routes
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_ID_CHARS = 512
@@ -33,10 +34,16 @@ class Row:
     custom_id: str
     endpoint: Endpoint
     model: str
-    """As written: an adapter, the base, `base:adapter`, or "" for the base."""
+    """As written: an adapter, an alias, the base, `base:adapter`, or "" for what a route says, else the base."""
     prompt: str | list[int] | list[Message]
     """Text or token ids for completions, messages for a chat."""
     params: Params
+    scale: float | None = None
+    """Strength of the one adapter that answers."""
+    adapters: tuple[tuple[str, float], ...] = ()
+    """A mix: names as written, each with its strength."""
+    routes: tuple[tuple[str, str], ...] = ()
+    """The route fields that the line has, with their values."""
 
     @property
     def is_chat(self) -> bool:
@@ -46,14 +53,23 @@ class Row:
 
 _ENVELOPE = frozenset({"custom_id", "method", "url", "body"})
 _ENVELOPE_MARKS = ("custom_id", "body", "url")
-_NATIVE = frozenset({"id", "adapter"})
+_STRENGTHS = frozenset(Strengths.model_fields)
+_NATIVE = frozenset({"id", "adapter", *_STRENGTHS})
 _CHAT_FIELDS = frozenset(ChatBody.model_fields)
 _COMPLETION_FIELDS = frozenset(CompletionBody.model_fields)
 _ENDPOINTS = {endpoint.value: endpoint for endpoint in Endpoint}
+_OURS = "loramill"
+RESERVED_FIELDS = frozenset(
+    {*_ENVELOPE, *_NATIVE, *_CHAT_FIELDS, *_COMPLETION_FIELDS, *INERT, *UNSUPPORTED, "best_of", _OURS}
+)
+"""Every field that means something, or is refused by name: no route can go by one."""
 
 
-def parse_line(raw: bytes) -> Row:
-    """The row that one line of the input asks for. Raises LineError with the line's custom_id where it has one."""
+def parse_line(raw: bytes, route_fields: Collection[str] = ()) -> Row:
+    """The row that one line of the input asks for; `route_fields` may stand in it too.
+
+    Raises LineError with the line's custom_id where it has one.
+    """
     line = _load(raw)
     is_envelope = any(mark in line for mark in _ENVELOPE_MARKS)
     id_field = "custom_id" if is_envelope else "id"
@@ -62,27 +78,11 @@ def parse_line(raw: bytes) -> Row:
         custom_id = str(custom_id)
     try:
         checked = _check_id(custom_id, id_field)
-        return _parse_envelope(checked, line) if is_envelope else _parse_native(checked, line)
+        parse = _parse_envelope if is_envelope else _parse_native
+        return parse(checked, line, route_fields)
     except LineError as error:
         error.custom_id = custom_id if isinstance(custom_id, str) else None
         raise
-
-
-def resolve_model(model: str, base_name: str, adapters: Collection[str]) -> str | None:
-    """The adapter that `model` names, None for the base. Raises LineError (model_not_found) with the nearest name.
-
-    `base` is always the base, unless an adapter has that name.
-    """
-    if model in adapters:
-        return model
-    if model in ("", base_name, "base"):
-        return None
-    prefix, _, name = model.rpartition(":")
-    if prefix in (base_name, "base") and name in adapters:
-        return name
-    shown = model if len(model) <= 128 else model[:125] + "..."
-    hint = did_you_mean(name if prefix in (base_name, "base") else shown, [*adapters, base_name])
-    raise LineError(ErrorCode.MODEL_NOT_FOUND, f"no adapter or model is named `{shown}`{hint}", "model")
 
 
 def _load(raw: bytes) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _check_id(custom_id: Any, field: str) -> str:
     return custom_id
 
 
-def _parse_envelope(custom_id: str, line: dict[str, Any]) -> Row:
+def _parse_envelope(custom_id: str, line: dict[str, Any], route_fields: Collection[str]) -> Row:
     if line.keys() != _ENVELOPE:
         for name in sorted(line.keys() - _ENVELOPE):
             raise unknown_field(name, _ENVELOPE)
@@ -139,10 +139,15 @@ def _parse_envelope(custom_id: str, line: dict[str, Any]) -> Row:
     body = line["body"]
     if not isinstance(body, dict):
         raise invalid("`body` must be an object", "body")
-    return _parse_body(custom_id, endpoint, body)
+    ours = body.pop(_OURS, None)
+    if ours is not None and not isinstance(ours, dict):
+        raise invalid(f"`{_OURS}` must be an object", _OURS)
+    return _parse_body(custom_id, endpoint, body, _strengths(ours or {}, f"{_OURS}."), route_fields)
 
 
-def _parse_native(custom_id: str, line: dict[str, Any]) -> Row:
+def _parse_native(custom_id: str, line: dict[str, Any], route_fields: Collection[str]) -> Row:
+    if line.pop(_OURS, None):
+        raise invalid(f"`{_OURS}` is for OpenAI batch lines; `scale` and `adapters` stand by themselves here", _OURS)
     body = {name: value for name, value in line.items() if name not in _NATIVE}
     adapter = line.get("adapter")
     if adapter is not None:
@@ -156,19 +161,24 @@ def _parse_native(custom_id: str, line: dict[str, Any]) -> Row:
         how = "both `prompt` and `messages`" if is_chat else "neither `prompt` nor `messages`"
         raise invalid(f"the line has {how}; give exactly one", "prompt")
     body.pop("prompt" if is_chat else "messages", None)
-    return _parse_body(custom_id, Endpoint.CHAT if is_chat else Endpoint.COMPLETIONS, body)
+    endpoint = Endpoint.CHAT if is_chat else Endpoint.COMPLETIONS
+    given = {name: line[name] for name in _STRENGTHS & line.keys()}
+    return _parse_body(custom_id, endpoint, body, _strengths(given), route_fields)
 
 
-def _parse_body(custom_id: str, endpoint: Endpoint, body: dict[str, Any]) -> Row:
+def _parse_body(
+    custom_id: str, endpoint: Endpoint, body: dict[str, Any], asked: Strengths, route_fields: Collection[str]
+) -> Row:
+    wanted = (asked.scale, asked.mix, take_routes(body, route_fields) if route_fields else ())
     try:
         if endpoint is Endpoint.CHAT:
             chat = ChatBody.model_validate(without_unmodelled(body, _CHAT_FIELDS))
             if chat.top_logprobs is not None and not chat.logprobs:
                 raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-            row = Row(custom_id, endpoint, chat.model or "", chat.messages, chat)
+            row = Row(custom_id, endpoint, chat.model or "", chat.messages, chat, *wanted)
         else:
             completion = CompletionBody.model_validate(without_unmodelled(body, _COMPLETION_FIELDS))
-            row = Row(custom_id, endpoint, completion.model or "", completion.prompt, completion)
+            row = Row(custom_id, endpoint, completion.model or "", completion.prompt, completion, *wanted)
     except ValidationError as error:
         raise _line_error(error) from None
     params = row.params
@@ -177,13 +187,31 @@ def _parse_body(custom_id: str, endpoint: Endpoint, body: dict[str, Any]) -> Row
     return row
 
 
-def _line_error(error: ValidationError) -> LineError:
-    """The first complaint of pydantic, as one sentence about one field."""
+def _strengths(given: dict[str, Any], path: str = "") -> Strengths:
+    """`scale` and `adapters`; `path` is where they stand."""
+    if not given:
+        return _NOTHING_ASKED
+    if extra := given.keys() - _STRENGTHS:
+        raise unknown_field(min(extra), _STRENGTHS, path)
+    try:
+        asked = Strengths.model_validate(given)
+    except ValidationError as error:
+        raise _line_error(error, path) from None
+    if asked.scale is not None and asked.adapters is not None:
+        raise invalid(f"`{path}scale` and `{path}adapters`: each adapter of a mix has its own scale", f"{path}scale")
+    return asked
+
+
+_NOTHING_ASKED = Strengths()
+
+
+def _line_error(error: ValidationError, where: str = "") -> LineError:
+    """The first complaint of pydantic, as one sentence about one field; `where` goes before the field's path."""
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, LineError):
         return cause
-    path = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    path = where + ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "missing":
         return invalid(f"`{path}` is missing", path)
     complaint = first["msg"].removeprefix("Input ").removeprefix("Value ").removesuffix(" after validation")

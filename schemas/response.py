@@ -41,6 +41,15 @@ class Choice:
 
 
 @dataclass(slots=True, frozen=True)
+class Served:
+    """An adapter that answered, by its name and its content's hash, and at what strength."""
+
+    name: str
+    sha256: str
+    scale: float = 1.0
+
+
+@dataclass(slots=True, frozen=True)
 class Answer:
     """What one row came to: everything its output line says beside the row itself."""
 
@@ -48,8 +57,10 @@ class Answer:
     prompt_tokens: int
     model: str
     """The name shown as `model`; by convention the row's own, the base's where the row has none."""
-    adapter: str | None = None
-    adapter_sha256: str | None = None
+    adapters: Sequence[Served] = ()
+    """One, several mixed, or none: the base."""
+    mode: str = "base"
+    """`base`, `dynamic` or `static`."""
     completion_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,13 +88,25 @@ def ok_line(job: str, number: int, row: Row, answer: Answer, created: int) -> by
             "completion_tokens": answer.completion_tokens,
             "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         },
-        "loramill": {
-            "adapter": answer.adapter,
-            "adapter_sha256": answer.adapter_sha256,
-            "mode": "base" if answer.adapter is None else "dynamic",
-        },
+        "loramill": _served(answer),
     }
     return _line(job, number, row.custom_id, 200, body)
+
+
+def _served(answer: Answer) -> dict[str, Any]:
+    one = answer.adapters[0] if len(answer.adapters) == 1 else None
+    said: dict[str, Any] = {
+        "adapter": one and one.name,
+        "adapter_sha256": one and one.sha256,
+        "mode": answer.mode,
+    }
+    if one and one.scale != 1:
+        said["scale"] = one.scale
+    if len(answer.adapters) > 1:
+        said["adapters"] = [
+            {"name": each.name, "adapter_sha256": each.sha256, "scale": each.scale} for each in answer.adapters
+        ]
+    return said
 
 
 def error_line(

@@ -10,17 +10,20 @@ from itertools import islice
 from typing import Protocol
 
 from loramill.schemas.errors import LineError
+from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
-from loramill.schemas.request import Row, parse_line, resolve_model
-from loramill.schemas.response import Answer, Choice, TokenInfo, error_line, ok_line
+from loramill.schemas.request import Row, parse_line
+from loramill.schemas.response import Answer, Choice, Served, TokenInfo, error_line, ok_line
 from loramill.schemas.sampling import resolve_params
 from loramill.store.journal import DoneRow
-from loramill.worker.request import Completion, FinishReason, Request, Result, Sampling, TokenLogprob, plain
+from loramill.worker.forecast import Forecast
+from loramill.worker.request import Completion, FinishReason, Mix, Request, Result, Sampling, TokenLogprob
 
 WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
 FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
 FEED_BYTES = 2**20  # bounds what a batch of long lines holds
 EMIT_ROWS = 512
+ENGINE_ERROR = "engine_error"
 EMIT_EVERY_S = 0.2  # what a kill can cost; a commit's fsync is then below 5 % of the time even on a slow disk
 
 
@@ -36,6 +39,8 @@ class RowEngine(Protocol):
     def add(self, request: Request) -> None: ...
     def step(self) -> list[Result]: ...
     def cancel_waiting(self) -> list[int]: ...
+    def watch(self, forecast: Forecast) -> None: ...
+    def unwatch(self, forecast: Forecast) -> None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,23 +49,29 @@ class Job:
 
     id: str
     """Result ids are made of it and the row's number: a rerun makes the same ones."""
-    base_name: str
-    adapters: Mapping[str, str]
-    """Name -> content hash."""
+    names: Names
+    """What the rows can name; their adapters are registered with the engine by content hash."""
     defaults: Mapping[str, float]
     """Sampling values of rows that leave them out."""
     max_model_len: int
     seed: int = 0
 
 
+def _never(mix: Mix) -> bool:
+    return False
+
+
 @dataclass(slots=True, eq=False)
 class Shard:
     """Rows to run. `rows` yields (row number, line) in the order in which they should start, and is read lazily;
-    `emit` takes finished rows in batches, in any order."""
+    `emit` takes finished rows in batches, in any order; `merged` says which mixes are served statically."""
 
     job: Job
     rows: Iterator[tuple[int, bytes]]
     emit: Callable[[list[DoneRow]], None]
+    merged: Callable[[Mix], bool] = _never
+    forecast: Forecast | None = None
+    """Which adapters the rows ask for, in their order."""
     finished: list[DoneRow] = field(default_factory=list)
     """Waiting to be emitted."""
     in_flight: int = 0
@@ -71,7 +82,7 @@ class _InFlight:
     shard: Shard
     number: int
     row: Row
-    adapter: str | None
+    uses: Uses
     request: Request
 
 
@@ -97,6 +108,8 @@ class ShardRunner:
         """Takes the rows of `shard` in turn with those of the other shards."""
         self._shards.append(shard)
         self._unread.append(shard)
+        if shard.forecast is not None:
+            self._engine.watch(shard.forecast)
 
     def step(self) -> None:
         """Feeds the engine, runs one forward pass, and emits what has finished."""
@@ -108,7 +121,7 @@ class ShardRunner:
     def cancel(self, shard: Shard) -> None:
         """Starts no further row of `shard`; those in flight still finish and are emitted."""
         if shard in self._unread:
-            self._unread.remove(shard)
+            self._read_no_more(shard)
         for key in self._engine.cancel_waiting():
             waiting = self._in_flight[key]
             if waiting.shard is shard:
@@ -136,34 +149,46 @@ class ShardRunner:
             shard = self._unread[0]
             self._unread.rotate(-1)
             batch = list(_batch(shard.rows))
-            if batch:
-                self._admit(shard, batch)
-            else:
-                self._unread.remove(shard)
+            if not batch:
+                self._read_no_more(shard)
+                continue
+            if shard.forecast is not None:
+                shard.forecast.take(len(batch))
+            self._admit(shard, batch)
+
+    def _read_no_more(self, shard: Shard) -> None:
+        self._unread.remove(shard)
+        if shard.forecast is not None:
+            self._engine.unwatch(shard.forecast)
 
     def _admit(self, shard: Shard, batch: list[tuple[int, bytes]]) -> None:
-        parsed: list[tuple[int, Row, str | None]] = []
+        job, names = shard.job, shard.job.names
+        parsed: list[tuple[int, Row, Uses]] = []
         for number, line in batch:
             try:
-                row = parse_line(line)
-                parsed.append((number, row, resolve_model(row.model, shard.job.base_name, shard.job.adapters)))
+                row = parse_line(line, names.route_fields)
+                parsed.append((number, row, names.resolve(row)))
             except LineError as error:
-                shard.finished.append(failed_row(shard.job.id, number, error))
-        prompts = self._prompter.encode_rows([row for _, row, _ in parsed], [adapter for _, _, adapter in parsed])
-        for (number, row, adapter), prompt in zip(parsed, prompts, strict=True):
+                shard.finished.append(failed_row(job.id, number, error))
+        templates = [names.template(uses) for _, _, uses in parsed]
+        prompts = self._prompter.encode_rows([row for _, row, _ in parsed], templates)
+        for (number, row, uses), prompt in zip(parsed, prompts, strict=True):
             try:
                 if isinstance(prompt, LineError):
                     raise prompt
-                request = self._request(shard.job, row, adapter, prompt)
+                request = self._request(shard, row, uses, prompt)
+                self._engine.add(request)
             except LineError as error:
                 error.custom_id = row.custom_id
-                shard.finished.append(failed_row(shard.job.id, number, error))
-                continue
-            self._in_flight[request.key] = _InFlight(shard, number, row, adapter, request)
-            shard.in_flight += 1
-            self._engine.add(request)
+                shard.finished.append(failed_row(job.id, number, error))
+            except ValueError as error:  # the engine's own refusal; only this row is in doubt
+                shard.finished.append(_engine_failure(job.id, number, row, str(error)))
+            else:
+                self._in_flight[request.key] = _InFlight(shard, number, row, uses, request)
+                shard.in_flight += 1
 
-    def _request(self, job: Job, row: Row, adapter: str | None, prompt: list[int]) -> Request:
+    def _request(self, shard: Shard, row: Row, uses: Uses, prompt: list[int]) -> Request:
+        job = shard.job
         params = resolve_params(
             row.params,
             row.custom_id,
@@ -173,22 +198,23 @@ class ShardRunner:
             seed=job.seed,
         )
         self._next_key += 1
-        return Request(self._next_key, prompt, Sampling(**params), plain(job.adapters[adapter] if adapter else None))
+        mix = job.names.by_hash(uses)
+        return Request(self._next_key, prompt, Sampling(**params), mix, merged=bool(mix) and shard.merged(mix))
 
     def _finish(self, result: Result) -> None:
         done = self._in_flight.pop(result.key)
         shard, job = done.shard, done.shard.job
         shard.in_flight -= 1
         if result.error is not None:
-            line = error_line(job.id, done.number, done.row.custom_id, result.error, code="engine_error", status=500)
-            shard.finished.append(DoneRow(done.number, True, line, result.prompt_tokens))
+            failed = _engine_failure(job.id, done.number, done.row, result.error, result.prompt_tokens, result.code)
+            shard.finished.append(failed)
             return
         answer = Answer(
             choices=[_choice(completion, self._prompter) for completion in result.completions],
             prompt_tokens=result.prompt_tokens,
-            model=done.row.model or job.base_name,
-            adapter=done.adapter,
-            adapter_sha256=done.request.mix[0][0] if done.request.mix else None,
+            model=done.row.model or job.names.base,
+            adapters=[Served(name, job.names.adapters[name].sha256, strength) for name, strength in done.uses],
+            mode="base" if not done.request.mix else "static" if done.request.merged else "dynamic",
         )
         line = ok_line(job.id, done.number, done.row, answer, int(time.time()))
         shard.finished.append(DoneRow(done.number, False, line, result.prompt_tokens, answer.completion_tokens))
@@ -206,6 +232,14 @@ def failed_row(job_id: str, number: int, error: LineError) -> DoneRow:
     """A row that cannot be run, as a line of the error file."""
     line = error_line(job_id, number, error.custom_id, error.message, code=error.code, param=error.param)
     return DoneRow(number, True, line)
+
+
+def _engine_failure(
+    job_id: str, number: int, row: Row, why: str, prompt_tokens: int = 0, code: str = ENGINE_ERROR
+) -> DoneRow:
+    """A row that the engine could not answer, as a line of the error file."""
+    line = error_line(job_id, number, row.custom_id, why, code=code, status=500)
+    return DoneRow(number, True, line, prompt_tokens)
 
 
 def _batch(rows: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loramill.producer.mill import AsyncMill, Mill
+    from loramill.producer.async_mill import AsyncMill
+    from loramill.producer.mill import Mill
 
 __version__ = "0.1.0"
 __all__ = ["AsyncMill", "Mill", "__version__"]
@@ -12,7 +13,7 @@ __all__ = ["AsyncMill", "Mill", "__version__"]
 def __getattr__(name: str) -> object:
     # Lazy: `import loramill` must not pull torch in (the producer side never needs it).
     if name in ("Mill", "AsyncMill"):
-        from loramill.producer import mill
+        from loramill.producer import async_mill
 
-        return getattr(mill, name)
+        return getattr(async_mill, name)
     raise AttributeError(f"module 'loramill' has no attribute {name!r}")

@@ -249,6 +249,14 @@ def test_4_an_adapter_that_cannot_be_served(desk, rows, no_compute, broken, how:
     assert not desk.journal.exists()
 
 
+def test_4_an_adapter_of_the_hub_that_cannot_be_had(desk, rows, no_compute, monkeypatch) -> None:
+    desk.write(rows(1))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ended = desk.run("--adapter", "mine=no-such-org/no-such-adapter@v2*0.5")
+    assert ended.code == 4
+    one_line(ended, "adapter `mine`: ", "no-such-org/no-such-adapter@v2 is not in the hub's local cache", "hf download")
+
+
 def test_4_the_input_changes_while_it_is_read(desk, rows, monkeypatch) -> None:
     desk.write(rows(8))
     make = local.LocalEngine.shard
@@ -278,11 +286,25 @@ def test_a_broken_adapter_of_the_folder_matters_only_to_rows_that_name_it(desk, 
     desk.write(rows(4))
     ended = desk.run(adapters_dir=folder)
     assert ended.code == 0
-    assert "Warning: adapter `torn`" in ended.err
+    assert "Warning: adapter `torn` cannot be served, no row names it: " in ended.err
     desk.write([{**row, "adapter": "torn"} for row in rows(1)])
     ended = desk.run("--overwrite", adapters_dir=folder)
     assert ended.code == 4
-    one_line(ended, "adapter `torn`: ")
+    assert "in.jsonl:1: model: adapter `torn` cannot be served: " in ended.err
+    assert "1 of 1 lines are invalid" in ended.err
+
+
+def test_3_rows_of_broken_adapters_are_skipped_and_the_others_go_on(desk, rows, broken, tmp_path) -> None:
+    desk.write([*rows(4), {"id": "t", "adapter": "torn", "prompt": "x"}, {"id": "n", "adapter": "no", "prompt": "x"}])
+    flags = ["--adapter", f"torn={broken('truncated')}", "--adapter", f"no={tmp_path / 'nowhere'}"]
+    ended = desk.run("--on-invalid", "skip", *flags)
+    assert ended.code == 3
+    assert [result["custom_id"] for result in desk.results()] == ["r0", "r1", "r2", "r3"]
+    errors = {error["custom_id"]: error["response"]["body"]["error"] for error in desk.results(desk.errors)}
+    assert {error["code"] for error in errors.values()} == {"model_not_found"}
+    assert "adapter `torn` cannot be served: " in errors["t"]["message"]
+    assert "adapter_model.safetensors" in errors["t"]["message"]
+    assert "nowhere: no such folder" in errors["n"]["message"]
 
 
 def test_a_link_out_of_the_adapters_folder_is_not_followed(desk, rows, tmp_path) -> None:
@@ -292,7 +314,8 @@ def test_a_link_out_of_the_adapters_folder_is_not_followed(desk, rows, tmp_path)
     desk.write([{**row, "adapter": "out"} for row in rows(1)])
     ended = desk.run(adapters_dir=folder)
     assert ended.code == 4
-    one_line(ended, "adapter `out`: ", "leads out of --adapters-dir")
+    assert "in.jsonl:1: model: adapter `out` cannot be served: " in ended.err
+    assert "leads out of --adapters-dir" in ended.err
 
 
 def test_noop_adapters_run_when_allowed(desk, rows, broken) -> None:

@@ -26,6 +26,9 @@ ALLOWED = {
     "worker/shard_runner.py": {"loramill.store", "loramill.schemas"},
     "producer": {"loramill.schemas", "loramill.store", "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
+    "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
+    "producer/verify.py": {"loramill.worker", "loramill.schemas", "click", "torch", "transformers", "peft"},
+    "producer/models.py": {"loramill.worker", "loramill.schemas"},
 }
 QUEUE_SIDE = {"loramill.worker.shard_runner"}
 

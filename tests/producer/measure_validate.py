@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from loramill.producer.plan import plan_order
 from loramill.producer.reader import open_input
 from loramill.producer.validate import validate
+from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 
 
@@ -38,9 +39,10 @@ def main(rows: int, folder: str) -> None:
             file.write(json.dumps(line) + "\n")
     prompter = Prompter(byte_tokenizer(), Limits(max_model_len=2048, vocab_size=256))
     before, began = peak_mb(), time.perf_counter()
+    names = Names("tiny", {f"a{number}": Named(f"{number}") for number in range(16)})
     with open_input(str(path), folder) as source:
-        index = validate(source, prompter, base_name="tiny", adapters=[f"a{number}" for number in range(16)])
-        order = plan_order(index.adapter, index.cost, slots=8, max_num_seqs=256)
+        index = validate(source, prompter, names=names, max_mix=8)
+        order = plan_order(index.mix, index.cost, slots=8, max_num_seqs=256)
     seconds = time.perf_counter() - began
     print(json.dumps({"rows": len(order), "rows_per_s": rows / seconds, "growth_mb": peak_mb() - before}))
 

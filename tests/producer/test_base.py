@@ -39,7 +39,7 @@ def test_a_hub_id_that_is_not_to_be_had_is_one_line(offline_cache: Path, written
         locate_base(written)
     assert refused.value.code is ExitCode.INPUT
     (line,) = refused.value.lines
-    assert line.startswith(f"--base-model {written}: no such folder, and the hub")
+    assert line.startswith(f"--base-model {written}: no such folder, and {written} is not in the hub's local cache")
     assert "\n" not in line
 
 
@@ -53,7 +53,7 @@ def test_what_can_only_be_a_path_never_asks_the_hub(written: str, monkeypatch: p
 def test_only_safetensors_configs_and_tokenizers_are_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, list[str]] = {}
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked[name] = allow_patterns
         return "/cache"
 

@@ -161,6 +161,132 @@ def test_bad_models_are_a_value_error_with_every_reason(options: dict[str, Any],
         Mill(options["base_model"], max_lora=3)
 
 
+def test_every_way_to_give_an_adapter(options: dict[str, Any], tiny_adapters: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(f"""
+[adapters]
+three = "{tiny_adapters / "three"}"
+[aliases]
+best = {{ one = 1, two = 0 }}
+[routes.task]
+sum = "three"
+""")
+    adapters = {"one": str(tiny_adapters / "one"), "two": (tiny_adapters / "two", 1.0), "4th": f"{tiny_adapters}/one*1"}
+    with Mill(options["base_model"], adapters, adapters_file=tmp_path / "a.toml", dtype="float32") as mill:
+        assert sorted(mill.adapters) == ["4th", "one", "three", "two"]
+        assert mill.adapters["4th"] == mill.adapters["one"]
+        halves = [{"name": "one", "scale": 0.5}, {"name": "4th", "scale": 0.5}]
+        asked: list[dict[str, Any]] = [{"adapter": "best"}, {"task": "sum"}, {"adapters": halves}]
+        results = list(mill.run({"prompt": "same", "max_tokens": 6, "temperature": 0, **each} for each in asked))
+        assert [result.adapter for result in results] == ["one", "three", None]
+        assert results[2].adapters == {"one": 0.5, "4th": 0.5}
+        assert results[0].token_ids == results[2].token_ids, "halves of one content are the whole"
+        assert [result.mode for result in results] == ["dynamic"] * 3
+        for adapters in ({"../x": tiny_adapters / "one"}, {"x": (tiny_adapters / "one", 0)}):
+            with pytest.raises(ValueError, match="is not a"):
+                Mill(options["base_model"], adapters)
+
+
+def say(mill: Mill, adapter: str | None, count: int = 1) -> list[list[int]]:
+    results = mill.generate(["same"] * count, adapter=adapter, max_tokens=6, temperature=0)
+    return [result.token_ids for result in results]
+
+
+def test_adapters_come_and_go(options: dict[str, Any], tiny_adapters: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"aliases": {"best": "one"}}')
+    first = {"one": tiny_adapters / "one"}
+    with Mill(options["base_model"], first, adapters_file=tmp_path / "a.json", dtype="float32", device="cpu") as mill:
+        with pytest.raises(ValueError, match="did you mean `one`"):
+            mill.generate("x", adapter="on")
+        mill.add_adapter("new", tiny_adapters / "two")
+        two = say(mill, "new")
+        assert two != say(mill, "one")
+        with pytest.raises(ValueError, match="already: replace_adapter"):
+            mill.add_adapter("new", tiny_adapters / "three")
+        for name, says in (("best", "an adapter has that name"), ("a b", "is not an adapter name")):
+            with pytest.raises(ValueError, match=says):
+                mill.add_adapter(name, tiny_adapters / "three")
+        with pytest.raises(ValueError, match=r"adapter `worse`: .*no such folder"):
+            mill.add_adapter("worse", tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="alias `best`: no adapter or alias is named `one`"):
+            mill.remove_adapter("one")
+        with pytest.raises(ValueError, match="there is no adapter 'neww'; did you mean `new`"):
+            mill.remove_adapter("neww")
+        assert sorted(mill.adapters) == ["new", "one"], "what was refused changed nothing"
+        gone = mill.adapters["new"]
+        mill.remove_adapter("new")
+        assert list(mill.adapters) == ["one"]
+        assert gone not in mill._engine._engine._adapters
+        with pytest.raises(ValueError, match="no adapter or model is named `new`"):
+            say(mill, "new")
+        mill.add_adapter("new", tiny_adapters / "two")
+        assert say(mill, "new") == two
+
+
+def test_rows_keep_the_adapter_that_they_were_checked_with(options: dict[str, Any], tiny_adapters: Path) -> None:
+    with Mill(**{**options, "max_num_seqs": 2}) as mill:
+        wanted, others = say(mill, "one"), say(mill, "two")
+        old = mill.adapters["one"]
+        begun = mill.generate(["same"] * 40, adapter="one", max_tokens=6, temperature=0)
+        results = [next(begun)]
+        late = mill.generate(["same"] * 3, adapter="one", max_tokens=6, temperature=0)
+        mill.replace_adapter("one", tiny_adapters / "two")
+        assert mill.adapters["one"] == mill.adapters["two"] != old
+        assert say(mill, "one") == others
+        results += [*begun, *late]
+        assert [result.token_ids for result in results] == wanted * 43
+        assert {result.adapter_sha256 for result in results} == {old}
+        assert say(mill, "one", 2) == others * 2
+        assert old not in mill._engine._engine._adapters, "forgotten once its last row was done"
+
+
+def test_an_adapter_in_use_is_removed_only_after_its_rows(options: dict[str, Any]) -> None:
+    with Mill(**{**options, "max_num_seqs": 2}) as mill:
+        wanted = say(mill, "one")
+        begun = mill.generate(["same"] * 20, adapter="one", max_tokens=6, temperature=0)
+        started = [next(begun)]
+        unbegun = mill.generate(["same"] * 2, adapter="one", max_tokens=6, temperature=0)
+        with pytest.raises(ValueError, match="in use by rows that are not finished; wait=True"):
+            mill.remove_adapter("one")
+        mill.remove_adapter("one", wait=True)
+        assert "one" not in mill.adapters
+        assert [result.token_ids for result in [*started, *begun, *unbegun]] == wanted * 22
+        never_begun = mill.generate("same", adapter="two")
+        del never_begun
+        mill.remove_adapter("two")
+        left = mill.generate(["same"] * 20, adapter="three", max_tokens=6)
+        next(left)
+        left.close()
+        mill.remove_adapter("three")
+        assert mill.adapters == {}
+
+
+def test_adapters_come_and_go_in_the_async_form(options: dict[str, Any], tiny_adapters: Path) -> None:
+    async def job() -> None:
+        async with AsyncMill(**options) as mill:
+
+            async def say(adapter: str, count: int = 1) -> list[list[int]]:
+                rows = mill.generate(["same"] * count, adapter=adapter, max_tokens=6, temperature=0)
+                return [result.token_ids async for result in rows]
+
+            one, two = await say("one"), await say("two")
+            await mill.add_adapter("new", tiny_adapters / "one")
+            assert await say("new") == one
+            rows = asyncio.create_task(say("new", 30))
+            await asyncio.sleep(0)
+            await mill.replace_adapter("new", tiny_adapters / "two")
+            assert await rows in (one * 30, two * 30), "never two versions in one call"
+            assert await say("new") == two
+            with pytest.raises(ValueError, match="there is no adapter 'nope'"):
+                await mill.remove_adapter("nope")
+            rows = asyncio.create_task(say("one", 30))
+            await asyncio.sleep(0.05)
+            await mill.remove_adapter("one", wait=True)
+            assert await rows == one * 30
+            assert sorted(mill.adapters) == ["new", "three", "two"]
+
+    asyncio.run(job())
+
+
 def test_the_async_form(options: dict[str, Any]) -> None:
     async def texts(mill: AsyncMill, prompt: str, adapter: str | None) -> list[str]:
         return [r.text async for r in mill.generate([prompt] * 3, adapter=adapter, max_tokens=4, temperature=0)]

@@ -10,6 +10,7 @@ import pytest
 
 from loramill.producer import cli
 from loramill.producer.options import RunOptions
+from loramill.producer.specs import AdapterSpec
 
 REQUIRED = ["--input", "in.jsonl", "--output", "out.jsonl", "--base-model", "base"]
 OPTIONS = [option for option in cli.run.params if isinstance(option, click.Option)]
@@ -19,7 +20,9 @@ VALUES = {
     "--output": ("other.out", Path("other.out")),
     "--base-model": ("org/name", "org/name"),
     "--base-name": ("b", "b"),
-    "--adapter": ("sql=a b/c", {"sql": Path("a b/c")}),
+    "--adapter": ("sql=a b/c", {"sql": AdapterSpec("a b/c")}),
+    "--adapters": ('{"sql": "a b/c"}', {"sql": AdapterSpec("a b/c")}),
+    "--adapters-file": ("a.toml", Path("a.toml")),
     "--adapters-dir": ("dir", Path("dir")),
     "--allow-noop-adapters": ("1", True),
     "--errors": ("bad.jsonl", Path("bad.jsonl")),
@@ -98,7 +101,7 @@ def test_the_short_flags(parsed) -> None:
 
 def test_several_adapters_from_one_variable(parsed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMILL_ADAPTER", "a=/x y/1,b=/2")
-    assert parsed(REQUIRED).adapters == {"a": Path("/x y/1"), "b": Path("/2")}
+    assert parsed(REQUIRED).adapters == {"a": AdapterSpec("/x y/1"), "b": AdapterSpec("/2")}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,11 @@ def test_where_failed_rows_go(parsed, output: str, errors: str) -> None:
         (["--no-such-flag"], "No such option"),
         ([*REQUIRED, "--adapter", "sql"], "'sql' is not NAME=PATH"),
         ([*REQUIRED, "--adapter", "sql="], "'sql=' is not NAME=PATH"),
+        ([*REQUIRED, "--adapters", "[]"], "not an object"),
+        ([*REQUIRED, "--adapters", '{"a": 1}'], "adapters.a: an adapter is a path"),
+        ([*REQUIRED, "--adapters", '{"a": "x", "a": "y"}'], "'a' is given twice"),
+        ([*REQUIRED, "--adapters", '{"a": {"path": "x", "scale": 0}}'], "0 is not a scale"),
+        ([*REQUIRED, "--adapters", '{"a": {"path": "x", "rev": "m"}}'], "unknown key 'rev'"),
         ([*REQUIRED, "--adapter", "../x=y"], "not an adapter name"),
         ([*REQUIRED, "--adapter", "a" * 65 + "=y"], "not an adapter name"),
         ([*REQUIRED, "--adapter", "a=x", "--adapter", "a=y"], "given twice"),

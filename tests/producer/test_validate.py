@@ -15,10 +15,12 @@ from loramill.producer.plan import plan_order
 from loramill.producer.reader import open_input
 from loramill.producer.validate import validate
 from loramill.schemas.errors import LineError
+from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.schemas.request import parse_line
 
 ADAPTERS = ["sql", "chat"]
+NAMES = Names("tiny", {name: Named(name) for name in ADAPTERS})
 Heard = list[tuple[int, int, str, str | None]]
 
 
@@ -28,6 +30,7 @@ class Bench:
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.path = folder / "jobs.jsonl"
         self.prompter = Prompter(tokenizer, Limits(max_model_len=40, vocab_size=258), chat_template="{{ messages }}")
+        self.names = NAMES
         self.heard: Heard = []
         self.progress: list[int] = []
 
@@ -43,14 +46,14 @@ class Bench:
             index = validate(
                 source,
                 self.prompter,
-                base_name="tiny",
-                adapters=ADAPTERS,
+                names=self.names,
+                max_mix=2,
                 on_invalid=hear,
                 on_progress=self.progress.append,
                 **options,
             )
             for offset, length in zip(index.offset, index.length, strict=True):
-                parse_line(source.read(int(offset), int(length)))
+                parse_line(source.read(int(offset), int(length)), self.names.route_fields)
             return index
 
 
@@ -68,7 +71,7 @@ def test_columns(bench: Bench) -> None:
     body = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": chat}
     index = bench.run([line("a", adapter="sql", n=3), b"", line("b", max_tokens=7), b"{", line("d", prompt=[1] * 40)])
     assert index.row.tolist() == [0, 1]
-    assert index.adapter.tolist() == [0, -1]
+    assert (index.mix.tolist(), index.mixes) == ([0, -1], [(("sql", 1.0),)])
     assert index.prompt_tokens.tolist() == [4, 4]
     assert index.max_tokens.tolist() == [16, 7]
     assert index.n.tolist() == [3, 1]
@@ -77,7 +80,7 @@ def test_columns(bench: Bench) -> None:
     assert bench.progress[-1] == 4
     bench.prompter = Prompter(bench.prompter._tokenizer, bench.prompter.limits, chat_template="12345")
     index = bench.run([line("a"), body])
-    assert index.adapter.tolist() == [-1, 1]
+    assert (index.mix.tolist(), index.mixes) == ([-1, 0], [(("chat", 1.0),)])
     assert index.max_tokens.tolist() == [16, 35]
 
 
@@ -185,13 +188,38 @@ def test_a_batch_boundary_changes_nothing(bench: Bench, monkeypatch: pytest.Monk
     monkeypatch.setattr(validate_module, "_BATCH_BYTES", 300)
     parts = bench.run(lines)
     assert len(bench.progress) > 5 and bench.progress == sorted(bench.progress)
-    for column in ("row", "offset", "length", "adapter", "prompt_tokens", "max_tokens", "n"):
+    for column in ("row", "offset", "length", "mix", "prompt_tokens", "max_tokens", "n"):
         np.testing.assert_array_equal(getattr(whole, column), getattr(parts, column))
+
+
+def test_mixes_are_numbered_as_they_come(bench: Bench) -> None:
+    bench.names = Names(
+        "tiny", NAMES.adapters, {"ab": {"sql": 1, "chat": 1}, "query": {"sql": 1}}, {"task": {"x": "chat"}}
+    )
+    mix = [{"name": "chat", "scale": 0.5}, {"name": "query"}]
+    rows = [{"adapter": "query"}, {"adapters": mix}, {}, {"adapter": "sql"}, {"adapter": "sql", "scale": 2},
+            {"task": "x"}, {"adapters": [{"name": "sql", "scale": 2}]}]  # fmt: skip
+    index = bench.run([line(number, **fields) for number, fields in enumerate(rows)])
+    assert index.mix.tolist() == [0, 1, -1, 0, 2, 3, 2]
+    assert index.mixes == [(("sql", 1.0),), (("chat", 0.5), ("sql", 1.0)), (("sql", 2.0),), (("chat", 1.0),)]
+    assert index.adapters == ["sql", "chat"]
+    index = bench.run([line("x", adapter="chat", max_tokens=99), line("y", adapter="sql")])
+    assert index.adapters == ["sql"], "of the valid rows only"
+
+
+def test_mixes_that_cannot_be_are_reported_with_their_line(bench: Bench) -> None:
+    bench.names = Names("tiny", {name: Named(name) for name in ("a", "b", "c")} | {"a2": Named("a")})
+    three = [{"name": name} for name in "abc"]
+    lines = [line(0, adapters=three), line(1, scale=2), line(2, adapters=[*three[:2], {"name": "a2"}])]
+    index = bench.run([*lines, line(3, adapters=[{"name": "a"}, {"name": "d"}]), line(4, adapters=three[:2])])
+    assert [(p.line, p.param) for p in index.problems] == [(1, "adapters"), (2, "scale"), (4, "adapters.1.name")]
+    assert "a mix of 3 adapters; --max-loras-per-batch allows 2" in index.problems[0].message
+    assert index.row.tolist() == [2, 4], "two names of one content are one adapter"
 
 
 def test_index_feeds_the_plan(bench: Bench) -> None:
     index = bench.run([line(number, adapter=ADAPTERS[number % 2], max_tokens=1 + number) for number in range(6)])
-    order = plan_order(index.adapter, index.cost, slots=1, max_num_seqs=2)
+    order = plan_order(index.mix, index.cost, slots=1, max_num_seqs=2)
     assert index.row[order].tolist() == [4, 2, 0, 5, 3, 1]
 
 

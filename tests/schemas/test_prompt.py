@@ -30,16 +30,16 @@ def ids_of(tokenizer: Any, string: str) -> list[int]:
     return ids
 
 
-def encode(prompter: Prompter, row: Row, adapter: str | None) -> list[int]:
-    (ids,) = prompter.encode_rows([row], [adapter])
+def encode(prompter: Prompter, row: Row, template: str | None) -> list[int]:
+    (ids,) = prompter.encode_rows([row], [template])
     if isinstance(ids, LineError):
         raise ids
     return ids
 
 
-def refusal(prompter: Prompter, row: Row, adapter: str | None = None) -> LineError:
+def refusal(prompter: Prompter, row: Row) -> LineError:
     with pytest.raises(LineError) as caught:
-        encode(prompter, row, adapter)
+        encode(prompter, row, None)
     assert "\n" not in caught.value.message
     return caught.value
 
@@ -62,15 +62,14 @@ def test_a_mixed_batch_keeps_its_places(byte_tokenizer: Any) -> None:
 def test_which_template_serves_a_row(byte_tokenizer: Any) -> None:
     own = copy.copy(byte_tokenizer)
     own.chat_template = "base{{ messages[0].content }}"
-    adapters = {"sql": "sql{{ messages[0].content }}"}
+    of_adapter = "sql{{ messages[0].content }}"
     for chat_template, expected in ((None, "base?"), ("flag{{ messages[0].content }}", "flag?")):
-        prompter = Prompter(own, LIMITS, chat_template=chat_template, adapter_templates=adapters)
-        assert encode(prompter, chat("?"), "sql") == ids_of(own, "sql?")
-        assert encode(prompter, chat("?"), "other") == ids_of(own, expected)
+        prompter = Prompter(own, LIMITS, chat_template=chat_template)
+        assert encode(prompter, chat("?"), of_adapter) == ids_of(own, "sql?")
         assert encode(prompter, chat("?"), None) == ids_of(own, expected)
-    without = Prompter(byte_tokenizer, LIMITS, adapter_templates=adapters)
-    assert encode(without, chat("?"), "sql") == ids_of(own, "sql?")
-    error = refusal(without, chat("?"), "other")
+    without = Prompter(byte_tokenizer, LIMITS)
+    assert encode(without, chat("?"), of_adapter) == ids_of(own, "sql?")
+    error = refusal(without, chat("?"))
     assert (error.code, error.param) == ("invalid_request", "messages")
     assert "--chat-template" in error.message
 
@@ -87,8 +86,8 @@ def test_which_template_serves_a_row(byte_tokenizer: Any) -> None:
     ],
 )
 def test_a_template_that_fails_fails_its_row(byte_tokenizer: Any, template: str, words: str) -> None:
-    prompter = Prompter(byte_tokenizer, LIMITS, adapter_templates={"sql": template})
-    error = refusal(prompter, chat("x"), "sql")
+    prompter = Prompter(byte_tokenizer, LIMITS, chat_template=template)
+    error = refusal(prompter, chat("x"))
     assert error.code == "invalid_request"
     with pytest.raises(LineError, match=words):
         raise error

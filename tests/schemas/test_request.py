@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.schemas.errors import LineError
-from loramill.schemas.request import MAX_LINE_BYTES, Endpoint, Row, parse_line, resolve_model
+from loramill.schemas.request import MAX_LINE_BYTES, Endpoint, Row, parse_line
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -107,7 +107,6 @@ def test_fields_that_ask_for_nothing_are_accepted(fields: dict[str, Any]) -> Non
         ("structured_outputs", {"json": {}}),
         ("min_tokens", 1),
         ("min_tokens", False),
-        ("loramill", {"scale": 0.5}),
     ],
 )
 def test_fields_that_we_do_not_honour_are_refused_by_name(field: str, value: Any) -> None:
@@ -301,32 +300,6 @@ def test_seeds_beyond_64_bits_are_refused_and_not_rounded(seed: bytes) -> None:
     assert refusal(b'{"id":"a","prompt":"p","seed":' + seed + b"}").param == "seed"
 
 
-def test_resolve_model() -> None:
-    adapters = {"sql", "Chat"}
-    for name in ("", "llama", "base"):
-        assert resolve_model(name, "llama", adapters) is None
-    for name in ("sql", "llama:sql", "base:sql"):
-        assert resolve_model(name, "llama", adapters) == "sql"
-    assert resolve_model("base", "llama", {"base"}) == "base"
-
-
-@pytest.mark.parametrize("name", ["SQL", "sqll", "other:sql", "llama:", "llama:nope", ":sql", "../sql"])
-def test_resolve_model_refuses(name: str) -> None:
-    with pytest.raises(LineError) as caught:
-        resolve_model(name, "llama", {"sql", "chat"})
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    assert name in caught.value.message
-
-
-def test_resolve_model_names_the_nearest() -> None:
-    with pytest.raises(LineError, match="did you mean `sql`"):
-        resolve_model("sqll", "llama", {"sql", "chat"})
-    with pytest.raises(LineError, match="did you mean `sql`"):
-        resolve_model("llama:sqll", "llama", {"sql", "chat"})
-    with pytest.raises(LineError, match="did you mean `sql`"):
-        resolve_model("SQL", "llama", {"sql", "chat"})
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -354,3 +327,63 @@ def test_any_bytes_are_a_row_or_a_line_error(raw: bytes) -> None:
         parse_line(raw)
     except LineError as error:
         assert error.message
+
+
+def test_strengths_and_mixes_stand_on_native_lines_and_under_loramill() -> None:
+    for fields, scale, mix in (
+        ({}, None, ()),
+        ({"scale": None, "adapters": None}, None, ()),
+        ({"scale": 0.5}, 0.5, ()),
+        ({"scale": -10}, -10, ()),
+        ({"adapters": [{"name": "a"}, {"name": "b", "scale": 2}]}, None, (("a", 1.0), ("b", 2.0))),
+    ):
+        row = parse_line(native(**fields))
+        assert (row.scale, row.adapters) == (scale, mix)
+        assert row == parse_line(openai(loramill=fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"scale": 10.5}, "scale"),
+        ({"scale": "1"}, "scale"),
+        ({"scale": True}, "scale"),
+        ({"adapters": []}, "adapters"),
+        ({"adapters": "a"}, "adapters"),
+        ({"adapters": ["a"]}, "adapters.0"),
+        ({"adapters": [{"scale": 1}]}, "adapters.0.name"),
+        ({"adapters": [{"name": ""}]}, "adapters.0.name"),
+        ({"adapters": [{"name": "a", "scale": -11}]}, "adapters.0.scale"),
+        ({"adapters": [{"name": "a", "weight": 1}]}, "adapters.0.weight"),
+        ({"adapters": [{"name": f"a{n}"} for n in range(9)]}, "adapters"),
+        ({"adapters": [{"name": "a"}], "scale": 1}, "scale"),
+    ],
+)
+def test_strengths_and_mixes_that_cannot_be(fields: dict[str, Any], param: str) -> None:
+    assert refusal(native(**fields)).param == param
+    error = refusal(openai(loramill=fields))
+    assert error.param == f"loramill.{param}"
+    assert f"`loramill.{param.split('.')[0]}" in error.message
+
+
+def test_loramill_is_for_openai_lines_and_holds_nothing_else() -> None:
+    assert refusal(native(loramill={"scale": 0.5})).param == "loramill"
+    assert parse_line(native(loramill={})) == parse_line(native(loramill=None)) == parse_line(native())
+    assert refusal(openai(loramill=3)).param == "loramill"
+    assert "did you mean `loramill.scale`" not in refusal(openai(loramill={"scal": 1})).message
+    assert refusal(openai(loramill={"scal": 1})).param == "loramill.scal"
+
+
+def test_route_fields_stand_in_the_line_or_its_metadata() -> None:
+    def routes(raw: bytes) -> Any:
+        return parse_line(raw, ["task"]).routes
+
+    for raw in (native(task="sum"), openai(task="sum"), openai(metadata={"task": "sum", "other": 1})):
+        assert routes(raw) == (("task", "sum"),)
+    assert routes(openai(task="sum", metadata={"task": "sum"})) == (("task", "sum"),)
+    assert routes(openai(task=None, metadata={"task": None})) == routes(native()) == ()
+    for raw, says in ((openai(task="a", metadata={"task": "b"}), "differ"), (native(task=3), "must be a string")):
+        with pytest.raises(LineError, match=says) as caught:
+            routes(raw)
+        assert (caught.value.param, caught.value.custom_id) == ("task", "r")
+    assert "unknown field `task`" in refusal(native(task="sum")).message, "only where a route goes by it"

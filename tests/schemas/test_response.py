@@ -8,7 +8,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from loramill.schemas.request import Row, parse_line
-from loramill.schemas.response import Answer, Choice, TokenInfo, error_line, ok_line
+from loramill.schemas.response import Answer, Choice, Served, TokenInfo, error_line, ok_line
 
 HE = TokenInfo("He", b"He", -0.5, (TokenInfo("He", b"He", -0.5), TokenInfo("bytes:\\xc3", b"\xc3", float("-inf"))))
 Y = TokenInfo("y", b"y", -1.5, (TokenInfo("x", b"x", -0.1),))
@@ -26,7 +26,7 @@ def chat_row(**fields: Any) -> Row:
 
 
 def answer(*choices: Choice, adapter: str | None = "sql") -> Answer:
-    return Answer(choices, 4, "asked", adapter, adapter and "ab12")
+    return Answer(choices, 4, "asked", [Served(adapter, "ab12")] if adapter else [], "dynamic" if adapter else "base")
 
 
 def body_of(line: bytes) -> dict[str, Any]:
@@ -93,6 +93,25 @@ def test_who_answered() -> None:
     assert with_adapter["loramill"] == {"adapter": "sql", "adapter_sha256": "ab12", "mode": "dynamic"}
     base = body_of(ok_line("job", 3, row(), answer(CHOICE, adapter=None), created=1))
     assert base["loramill"] == {"adapter": None, "adapter_sha256": None, "mode": "base"}
+
+
+def test_who_answered_at_what_strength() -> None:
+    def said(mode: str, *served: Served) -> dict[str, Any]:
+        answered = Answer([CHOICE], 4, "asked", served, mode)
+        found: dict[str, Any] = body_of(ok_line("job", 3, row(), answered, created=1))["loramill"]
+        return found
+
+    scaled = said("static", Served("sql", "ab12", 0.5))
+    assert scaled == {"adapter": "sql", "adapter_sha256": "ab12", "mode": "static", "scale": 0.5}
+    assert said("dynamic", Served("sql", "ab12", 0.5), Served("chat", "cd34")) == {
+        "adapter": None,
+        "adapter_sha256": None,
+        "mode": "dynamic",
+        "adapters": [
+            {"name": "sql", "adapter_sha256": "ab12", "scale": 0.5},
+            {"name": "chat", "adapter_sha256": "cd34", "scale": 1.0},
+        ],
+    }
 
 
 def test_ids_depend_on_the_job_and_the_row_and_on_nothing_else() -> None:

@@ -167,3 +167,51 @@ def test_the_counters_add_up(family: Callable[[str], Any], make_engine: Make, an
     assert stats.completion_tokens == 45
     assert (stats.adapter_loads, stats.adapter_evictions, stats.waves) == (3, 1, 2)
     assert (stats.running, stats.resident) == (0, 2)
+
+
+def test_adapters_are_registered_and_forgotten(family: Callable[[str], Any], make_engine: Make, answer: Answer) -> None:
+    one = family("llama").adapters[0]
+    engine = make_engine()
+    row = Request(0, [5, 6, 7], Sampling(6, temperature=0, ignore_eos=True), plain(one.sha256))
+    before = tokens(answer(engine, [row]))
+    engine.add(row)
+    engine.step()
+    with pytest.raises(ValueError, match="in use by rows"):
+        engine.forget(one.sha256)
+    while engine.has_work:
+        engine.step()
+    engine.forget(one.sha256)
+    engine.forget(one.sha256)
+    with pytest.raises(ValueError, match="not registered"):
+        engine.add(row)
+    engine.register(one)
+    engine.register(one)
+    assert tokens(answer(engine, [row])) == before
+
+
+def test_next_logits_are_those_of_the_token_that_a_row_gets(
+    family: Callable[[str], Any], make_engine: Make, answer: Answer
+) -> None:
+    engine = make_engine(max_num_batched_tokens=8, max_num_seqs=4)
+    for adapter in (None, *family("llama").adapters[:2]):
+        mix = plain(adapter and adapter.sha256)
+        prompt = [5, 9, 11, 40] * 5
+        logits = engine.next_logits(prompt, mix)
+        assert (logits.shape, logits.dtype) == ((97,), torch.float32)
+        (said,) = answer(engine, [Request(0, prompt, Sampling(1, temperature=0, logprobs=1), mix)]).values()
+        (token,) = said.completions[0].token_ids
+        assert token == int(logits.argmax())
+        logprobs = said.completions[0].logprobs
+        assert logprobs is not None
+        assert logprobs[0].logprob == pytest.approx(float(logits.log_softmax(0)[token]), abs=1e-4)
+    engine.add(Request(1, [5], Sampling(3)))
+    with pytest.raises(ValueError, match="without work"):
+        engine.next_logits([5])
+
+
+def test_what_this_engine_cannot_compute_is_refused(family: Callable[[str], Any], make_engine: Make) -> None:
+    engine, (one, two, *_) = make_engine(), (adapter.sha256 for adapter in family("llama").adapters)
+    for mix, merged in ((((one, 0.5),), False), (((one, 1.0), (two, 1.0)), False), (((one, 1.0),), True)):
+        with pytest.raises(ValueError, match="one adapter a row"):
+            engine.add(Request(0, [5], Sampling(1), mix, merged))
+    assert not engine.has_work

@@ -4,15 +4,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
+from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.store.journal import DoneRow
 from loramill.worker import shard_runner
+from loramill.worker.forecast import Forecast
 from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
 from loramill.worker.shard_runner import Job, Shard, ShardRunner
 
-JOB = Job("job", "base", {"sql": "abc123"}, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
+NAMES = Names("base", {"sql": Named("abc123")})
+JOB = Job("job", NAMES, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
 
 
 class EchoEngine:
@@ -24,6 +28,7 @@ class EchoEngine:
         self.waiting: list[Request] = []
         self.seen: list[Request] = []
         self.longest_queue = 0
+        self.watched: list[Forecast] = []
         self.fails_on = -1
         self.completion: dict[str, Any] = {}
 
@@ -38,6 +43,12 @@ class EchoEngine:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
         self.longest_queue = max(self.longest_queue, len(self.waiting))
+
+    def watch(self, forecast: Forecast) -> None:
+        self.watched.append(forecast)
+
+    def unwatch(self, forecast: Forecast) -> None:
+        self.watched.remove(forecast)
 
     def step(self) -> list[Result]:
         now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
@@ -70,10 +81,12 @@ def prompter(byte_tokenizer: Any) -> Prompter:
     return Prompter(byte_tokenizer, Limits(64, 258))
 
 
-def run(engine: EchoEngine, prompter: Prompter, rows: list[tuple[int, bytes]]) -> list[DoneRow]:
+def run(
+    engine: EchoEngine, prompter: Prompter, rows: list[tuple[int, bytes]], job: Job = JOB, **more: Any
+) -> list[DoneRow]:
     done: list[DoneRow] = []
     runner = ShardRunner(engine, prompter)
-    runner.submit(Shard(JOB, iter(rows), done.extend))
+    runner.submit(Shard(job, iter(rows), done.extend, **more))
     while runner.has_work:
         runner.step()
     return done
@@ -101,6 +114,24 @@ def test_a_request_has_the_rows_sampling_the_defaults_and_the_adapters_hash(engi
     assert (first.sampling.temperature, first.sampling.top_k, first.sampling.seed) == (0.5, 3, 11)
     assert second.sampling.temperature == 0
     assert second.sampling.seed not in (0, 7)  # made from the run's seed and the row's id
+
+
+def test_the_engine_knows_what_comes_until_it_has_come(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 4)
+    forecast = Forecast(np.array([0] * 20 + [1] * 20, np.int32), [("a",), ("b",)])
+    runner = ShardRunner(engine, prompter)
+    runner.submit(Shard(JOB, iter([native(number) for number in range(40)]), lambda done: None, forecast=forecast))
+    assert engine.watched == [forecast]
+    assert forecast.next_use("b") == 20
+    runner.step()
+    assert forecast.next_use("b") == 20 - (len(engine.seen) + engine.num_waiting)
+    while runner.has_work:
+        runner.step()
+    assert engine.watched == []
+    again = Shard(JOB, iter([native(number) for number in range(40)]), lambda done: None, forecast=forecast)
+    runner.submit(again)
+    runner.cancel(again)
+    assert engine.watched == []
 
 
 def test_rows_are_read_as_they_are_needed(engine, prompter, monkeypatch) -> None:
@@ -235,3 +266,58 @@ def test_several_answers_are_several_choices(engine, prompter) -> None:
     (row,) = run(engine, prompter, [native(0, n=3)])
     assert [choice["index"] for choice in body(row)["choices"]] == [0, 1, 2]
     assert body(row)["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+MIXED = Job(
+    "job",
+    Names(
+        "base",
+        {"sql": Named("s"), "chat": Named("c", 0.5, template="own {{ messages[0].content }}"), "twin": Named("s")},
+        {"query": {"sql": 1.0}},
+        {"task": {"sum": "chat"}},
+    ),
+    defaults={},
+    max_model_len=64,
+)
+
+
+def test_rows_go_to_the_engine_as_mixes_of_contents(engine, prompter) -> None:
+    mix = [{"name": "chat", "scale": 2}, {"name": "query", "scale": 0.5}, {"name": "twin"}]
+    rows = [native(0, adapter="query"), native(1, adapters=mix), native(2, task="sum"), native(3, model="base")]
+    done = {row.row: body(row) for row in run(engine, prompter, rows, MIXED)}
+    assert [request.mix for request in engine.seen] == [(("s", 1.0),), (("c", 1.0), ("s", 1.5)), (("c", 0.5),), ()]
+    assert [done[number]["model"] for number in range(4)] == ["query", "base", "base", "base"]
+    assert done[0]["loramill"] == {"adapter": "sql", "adapter_sha256": "s", "mode": "dynamic"}
+    assert done[2]["loramill"] == {"adapter": "chat", "adapter_sha256": "c", "mode": "dynamic", "scale": 0.5}
+    assert done[3]["loramill"]["mode"] == "base"
+    assert [one["name"] for one in done[1]["loramill"]["adapters"]] == ["chat", "sql", "twin"]
+    assert done[1]["loramill"]["adapter"] is None
+
+
+def test_a_mix_is_rendered_by_its_first_adapters_template(engine, prompter, byte_tokenizer) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "prompt": None}
+    run(engine, prompter, [native(0, adapters=[{"name": "chat"}, {"name": "sql"}], **chat)], MIXED)
+    assert engine.seen[0].prompt == text_ids("own hi", byte_tokenizer)
+
+
+def test_what_is_served_statically_is_the_shards_to_say(engine, prompter) -> None:
+    rows = [native(0, adapter="sql"), native(1, adapter="chat"), native(2)]
+    done = {row.row: body(row) for row in run(engine, prompter, rows, MIXED, merged=lambda mix: mix[0][0] == "s")}
+    assert [request.merged for request in engine.seen] == [True, False, False]
+    assert [done[number]["loramill"]["mode"] for number in range(3)] == ["static", "dynamic", "base"]
+
+
+def test_a_row_that_the_engine_does_not_take_fails_alone(engine, prompter, monkeypatch) -> None:
+    add = engine.add
+
+    def picky(request: Request) -> None:
+        if request.mix:
+            raise ValueError("adapter s is not registered with this engine")
+        add(request)
+
+    monkeypatch.setattr(engine, "add", picky)
+    done = {row.row: row for row in run(engine, prompter, [native(0), native(1, adapter="sql"), native(2)])}
+    assert [done[number].failed for number in range(3)] == [False, True, False]
+    line = json.loads(done[1].line)
+    assert (line["custom_id"], line["response"]["status_code"]) == ("r1", 500)
+    assert body(done[1])["error"]["code"] == "engine_error"

@@ -1,0 +1,155 @@
+"""What rows can ask for: the base and the adapters, found and checked, and no weight of the base loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from loramill.producer import base as bases
+from loramill.producer import hub
+from loramill.producer.failures import ExitCode, Failure
+from loramill.producer.options import ModelOptions
+from loramill.producer.registry import read_registry
+from loramill.producer.specs import AdapterSpec, check_name, locate
+from loramill.schemas.names import Named, Names, NamesError
+from loramill.schemas.prompt import Limits, Prompter
+from loramill.worker.adapters import Adapter, open_adapter
+from loramill.worker.adapters import AdapterError as AdapterError  # for whoever opens one by one
+from loramill.worker.model import BaseInfo, ModelError, describe_base
+
+
+@dataclass(slots=True, frozen=True)
+class Models:
+    """What rows can ask for, checked. Adapters that come later make another one."""
+
+    base: BaseInfo
+    names: Names
+    adapters: Mapping[str, Adapter]
+    """By name: those that can be served."""
+    unusable: Mapping[str, list[str]]
+    """The others, and why: it matters only to rows that name one."""
+    prompter: Prompter
+    parts: Mapping[str, str]
+    """What of the base decides the answers, as a person calls it -> its content's hash."""
+
+    def with_adapter(self, name: str, opened: Opened) -> Models:
+        """The same with one adapter more, or another one of that name. Raises ValueError."""
+        adapters = {**self.names.adapters, check_name(name): opened.named}
+        return replace(
+            self, names=replace(self.names, adapters=adapters), adapters={**self.adapters, name: opened.adapter}
+        )
+
+    def without_adapter(self, name: str) -> Models:
+        """The same without that adapter. Raises ValueError if an alias or a route leads to it."""
+        names = {other: named for other, named in self.names.adapters.items() if other != name}
+        adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
+        return replace(self, names=replace(self.names, adapters=names), adapters=adapters)
+
+    def identity(self, adapters: Iterable[str]) -> dict[str, str]:
+        """What decides the answers to rows that come to `adapters`: those, `parts`, and what leads to them."""
+        leads = {"the aliases": _in_order(self.names.aliases), "the routes": _in_order(self.names.routes)}
+        return {**self.parts, **{f"adapter `{name}`": self._content(name) for name in adapters}, **leads}
+
+    def _content(self, name: str) -> str:
+        named = self.names.adapters[name]
+        return _sha256(f"{named.sha256}{named.scale}\0{named.template or ''}".encode())
+
+
+class Opened(NamedTuple):
+    """An adapter that can be served, and what its name stands for."""
+
+    adapter: Adapter
+    named: Named
+
+
+def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models:
+    """Finds and checks the base and every adapter.
+
+    Adapters that cannot be served are kept as `unusable` if they were only found in --adapters-dir, or if not
+    `all_or_nothing`. Raises Failure with all that is wrong with the others at once.
+    """
+    template = bases.read_template(options.chat_template) if options.chat_template else None
+    registry = read_registry(options)
+    path = bases.locate_base(options.base_model)
+    try:
+        base = describe_base(str(path), options.max_model_len)
+    except ModelError as error:
+        raise Failure(ExitCode.INPUT, str(error)) from error
+    opened: dict[str, Opened] = {}
+    problems = {name: [why] for name, why in registry.refused.items()}
+    for name, entry in registry.adapters.items():
+        try:
+            opened[name] = open_spec(entry.spec, base, options)
+        except AdapterError as error:
+            problems[name] = error.problems
+    if all_or_nothing:
+        refuse_adapters({n: problems[n] for n, entry in registry.adapters.items() if entry.given and n in problems})
+    known = {name: one.named for name, one in opened.items()}
+    known |= {name: Named("", unusable="; ".join(all_)) for name, all_ in problems.items()}
+    limits = Limits(base.max_model_len, base.vocab_size)
+    try:
+        base_name = options.base_name or bases.base_name_of(options.base_model)
+        names = Names(base_name, known, registry.aliases, registry.routes)
+    except NamesError as error:
+        raise Failure(ExitCode.INPUT, *(f"--adapters-file: {problem}" for problem in error.problems)) from error
+    return Models(
+        base,
+        names,
+        {name: one.adapter for name, one in opened.items()},
+        problems,
+        bases.load_prompter(path, limits, chat_template=template),
+        {
+            "base model": base.fingerprint,
+            "the base's generation config": _sha256(
+                repr((sorted(base.sampling_defaults.items()), base.eos_token_ids)).encode()
+            ),
+            "the base's tokenizer": bases.tokenizer_sha256(path),
+            "--chat-template": _sha256((template or "").encode()),
+            "--max-model-len": str(base.max_model_len),
+            "--dtype": options.dtype,
+            "--seed": str(options.seed),
+        },
+    )
+
+
+def open_spec(spec: AdapterSpec, base: BaseInfo, options: ModelOptions) -> Opened:
+    """Finds (downloads, if it is the hub's) and checks one adapter. Raises AdapterError with every reason."""
+    try:
+        folder, scale = fetch(spec)
+        template = bases.adapter_template(folder) or None
+    except ValueError as error:
+        raise AdapterError([str(error)]) from error
+    adapter = open_adapter(str(folder), base, max_rank=options.max_lora_rank, allow_noop=options.allow_noop_adapters)
+    alone = "; ".join(adapter.static_only) or None
+    if alone and scale != 1:
+        raise AdapterError([f"{folder}: it can only be served at scale 1, not {scale:g}: {alone}"])
+    return Opened(adapter, Named(adapter.sha256, scale, template, alone))
+
+
+def fetch(spec: AdapterSpec) -> tuple[Path, float]:
+    """The adapter's folder, downloaded if need be, and its registered scale. Raises ValueError, in one line."""
+    place = locate(spec)
+    if place.repository is None:
+        return place.folder, place.scale
+    try:
+        return hub.fetch(place.repository, place.revision), place.scale
+    except ValueError as error:
+        raise ValueError(f"{place.folder}: no such folder, and {error}") from error
+
+
+def refuse_adapters(problems: Mapping[str, list[str]]) -> None:
+    """Raises Failure (INPUT) with every problem of these adapters, if there are any."""
+    if problems:
+        raise Failure(ExitCode.INPUT, *(f"adapter `{name}`: {why}" for name, all_ in problems.items() for why in all_))
+
+
+def _in_order(tables: Mapping[str, Mapping[str, object]]) -> str:
+    # The order of a split's targets decides which row gets which.
+    return _sha256(repr([(name, list(table.items())) for name, table in sorted(tables.items())]).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
