@@ -1,81 +1,101 @@
-"""In which order the rows go to the engine. Pure."""
+"""A job's plan: which mixes are merged, the waves, the order of the rows, and what it is going to cost. Pure."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.int64]
+from loramill.producer.costs import Costs
+from loramill.producer.modes import Decision, decide
+from loramill.producer.predict import Predicted, predict
+from loramill.producer.waves import Limits, MixFacts, Mode, Wave, arrange, arrange_in_turn
+from loramill.producer.work import measure
+
+Ints = NDArray[np.int64]
+
+WINDOW_BATCHES = 16
+"""How many batches of rows a window of the input has: with `order="input"` no row overtakes a row of an earlier one."""
+
+
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """What to do with every row of a job."""
+
+    waves: list[Wave]
+    rows: Ints
+    """Positions of all rows in the order to start: the waves' rows."""
+    decisions: dict[int, Decision]
+    """Of every mix that has rows."""
+    predicted: Predicted
+
+
+def plan(
+    mix: NDArray[np.int32],
+    prompt_tokens: NDArray[np.integer],
+    answer_tokens: NDArray[np.integer],
+    facts: Sequence[MixFacts],
+    limits: Limits,
+    *,
+    mode: Literal["auto", "dynamic", "static"] = "auto",
+    order: Literal["throughput", "input"] = "throughput",
+    costs: Costs | None = None,
+    decided: Mapping[int, Mode] | None = None,
+) -> Plan:
+    """Every row in one wave; no wave with more adapters than slots; the same for the same arguments.
+
+    mix: (rows,) position in `facts`, -1 for the base.  prompt_tokens, answer_tokens: (rows,); answers at their longest.
+    decided: what an earlier run of the same job decided, kept as it is.
+
+    `throughput` serves all dynamic waves, which run on into one another, and then one static wave for each merged mix,
+    the most tokens first. A static wave starts and ends with an empty engine: ones among the dynamic waves would each
+    drain those too, and want the base's weights back. So there is one more part-empty tail than static waves, and no
+    restore. `input` does this for each window of the input in turn, and keeps the input's order where the slots allow:
+    no row waits for a later window, whatever its adapter.
+
+    Raises:
+        ValueError: a mix that must be dynamic needs more adapters than slots are free, or `decided` is impossible.
+    """
+    prompt, answer = np.asarray(prompt_tokens, np.int64), np.asarray(answer_tokens, np.int64)
+    size = max(1, len(mix) if order == "throughput" else WINDOW_BATCHES * limits.max_num_seqs)
+    window = np.arange(len(mix)) // size
+    work = measure(mix, prompt, answer, window, mixes=len(facts), max_num_seqs=limits.max_num_seqs)
+    decisions = decide(work, facts, limits, mode=mode, costs=costs, decided=decided or {})
+    merged = np.zeros(len(facts) + 1, bool)  # the base, -1, is the last
+    merged[[number for number, one in decisions.items() if one.mode is Mode.STATIC]] = True
+    is_static, cost = merged[mix], prompt + answer
+    waves: list[Wave] = []
+    for start in range(0, len(mix), size):
+        rows = np.arange(start, min(start + size, len(mix)))
+        dynamic, static = rows[~is_static[rows]], rows[is_static[rows]]
+        if order == "throughput":
+            waves += arrange(dynamic, mix, cost, facts, limits)
+        else:
+            waves += arrange_in_turn(dynamic, mix, facts, limits)
+        waves += _static_waves(static, mix, cost)
+    all_rows = np.concatenate([wave.rows for wave in waves]) if waves else np.empty(0, np.int64)
+    return Plan(waves, all_rows, decisions, predict(waves, work, facts, limits, costs))
 
 
 def plan_order(
     adapter: NDArray[np.int32], cost: NDArray[np.int64], *, slots: int, max_num_seqs: int
 ) -> NDArray[np.int64]:
-    """The positions of the rows in the order in which the engine should start them.
+    """The positions of the rows in the order in which the engine should start them, all dynamic.
 
     adapter: (rows,) adapter of each row, -1 for the base.  cost: (rows,) its tokens, prompt and answer.
-    slots: adapters that fit on the device at once.  max_num_seqs: rows that run at once.
-
-    The rows of one adapter keep together, longest first, so that it is loaded once and its short rows fill the gaps
-    at its end. Adapters with few rows cannot fill a batch by themselves, so they come first, a slot short of as many
-    as fit at a time, and rows of the base or of the heaviest adapters fill up the batch beside them.
     """
-    if not len(adapter):
-        return np.empty(0, np.int64)
-    groups = _group(adapter, cost)
-    adapters = sorted((name for name in groups if name >= 0), key=lambda name: (groups[name].work, name))
-    if len(adapter) <= 2 * max_num_seqs or len(adapters) <= slots:
-        return _join([groups[name].rows for name in [*reversed(adapters), *(name for name in groups if name < 0)]])
-    fillers = [groups[name] for name in groups if name < 0]
-    return _join(_interleave([groups[name] for name in adapters], fillers, slots, max_num_seqs))
+    facts = [MixFacts((number,), 1) for number in range(int(adapter.max(initial=-1)) + 1)]
+    limits = Limits(slots, max_num_seqs, max(1, int(cost.sum())))
+    waves = arrange(np.arange(len(adapter)), adapter, cost, facts, limits)
+    return np.concatenate([np.empty(0, np.int64), *(wave.rows for wave in waves)])
 
 
-class _Group:
-    """The rows of one adapter, longest first."""
-
-    def __init__(self, rows: Rows, work: int) -> None:
-        self.rows = rows
-        self.work = work
-
-    def take(self, count: int) -> Rows:
-        taken, self.rows = self.rows[:count], self.rows[count:]
-        return taken
-
-
-def _group(adapter: NDArray[np.int32], cost: NDArray[np.int64]) -> dict[int, _Group]:
-    order = np.lexsort((-cost, adapter))  # stable: equal rows stay in input order
-    sorted_adapter = adapter[order]
-    starts = np.flatnonzero(np.r_[True, sorted_adapter[1:] != sorted_adapter[:-1]])
-    ends = np.r_[starts[1:], len(order)]
-    return {
-        int(sorted_adapter[start]): _Group(order[start:end], int(cost[order[start:end]].sum()))
-        for start, end in zip(starts, ends, strict=True)
-    }
-
-
-def _interleave(light: list[_Group], base: list[_Group], slots: int, max_num_seqs: int) -> list[Rows]:
-    """`light` by ascending work: taken from the front a few at a time, and from the back to fill up beside them."""
-    beside = max(1, slots - 1)  # one slot is the filler's
-    out: list[Rows] = []
-    filler: _Group | None = None
-    while light:
-        group, light = light[:beside], light[beside:]
-        out += [one.rows for one in group]
-        missing = max_num_seqs - sum(len(one.rows) for one in group)
-        if missing <= 0 and filler and filler in light:
-            # Not needed for a while: finished here, as the engine would evict what it sees no rows of.
-            missing = len(filler.rows)
-        while missing > 0:
-            filler = base[0] if base else light[-1] if light and slots > 1 else None
-            if filler is None:
-                break
-            taken = filler.take(missing)
-            missing -= len(taken)
-            out.append(taken)
-            if not len(filler.rows):
-                (base or light).pop()
-    return out + [one.rows for one in base]
-
-
-def _join(parts: list[Rows]) -> NDArray[np.int64]:
-    return np.concatenate(parts).astype(np.int64, copy=False)
+def _static_waves(rows: Ints, mix: NDArray[np.int32], cost: Ints) -> Iterator[Wave]:
+    """One wave a mix, its rows longest first; the mix with the most tokens first, so that a job ends on small tails."""
+    ordered = rows[np.lexsort((-cost[rows], mix[rows]))]
+    parts = np.split(ordered, np.flatnonzero(np.diff(mix[ordered])) + 1) if len(rows) else []
+    for part in sorted(parts, key=lambda part: -int(cost[part].sum())):
+        yield Wave(Mode.STATIC, (int(mix[part[0]]),), part)

@@ -36,7 +36,11 @@ QUEUE_SIDE = {"loramill.worker.shard_runner"}
 LAZY = {"producer": {"torch", "transformers"}}
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
-PURE = ("worker/forecast.py", "worker/scheduler.py", "worker/slots.py", "producer/plan.py")
+PURE = (
+    *("worker/scheduler.py", "worker/slots.py", "worker/forecast.py"),
+    *("producer/plan.py", "producer/waves.py", "producer/units.py", "producer/work.py", "producer/costs.py"),
+    *("producer/modes.py", "producer/predict.py", "producer/residency.py", "producer/explain.py"),
+)
 PURE_LIBRARY = {
     *("__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math"),
     *("numpy", "operator", "typing"),
