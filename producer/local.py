@@ -2,49 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loramill.producer.costs import Costs, Timing, fit
 from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.index import Index
+from loramill.producer.job_plan import AdapterFacts, Draft, JobPlan
 from loramill.producer.models import Models
 from loramill.producer.options import ModelOptions
-from loramill.producer.plan import plan_order
 from loramill.producer.reader import Input
+from loramill.schemas.errors import did_you_mean
 from loramill.schemas.names import Names
 from loramill.store.journal import DoneRow
-from loramill.worker.adapters import Adapter
+from loramill.worker.adapters import Adapter, AdapterError
 from loramill.worker.engine import Engine, EngineConfig
+from loramill.worker.forecast import Forecast
+from loramill.worker.measure import measure, tokens_to_measure
 from loramill.worker.model import ModelError
 from loramill.worker.request import EngineStats
 from loramill.worker.shard_runner import Job, ShardRunner
 from loramill.worker.shard_runner import Shard as Shard  # the Python API's name for it
+from loramill.worker.slots import Eviction
+
+MEASURED_SHARE = 1 / 50
+"""Of a job's tokens: `auto` measures what passes cost if that takes no more; below, there is too little to save."""
 
 
 class LocalEngine:
     """The loaded base with its adapters, and the runner that feeds it."""
 
-    def __init__(self, models: Models, options: ModelOptions, *, longest_row: int | None = None) -> None:
-        """Loads the weights. `longest_row` in tokens, if it is known, saves cache memory. Raises Failure (INPUT)."""
+    def __init__(
+        self,
+        models: Models,
+        options: ModelOptions,
+        *,
+        longest_row: int | None = None,
+        adapters: Iterable[str] | None = None,
+    ) -> None:
+        """Loads the weights. `longest_row` in tokens, if it is known, saves cache memory; `adapters` are the names that
+        rows can come to, all of them by default. Raises Failure (USAGE for --pin, otherwise INPUT)."""
         self._base = models.base
         self._options = options
+        registered = {name: models.adapters[name] for name in (models.adapters if adapters is None else adapters)}
+        self._pinned = _pinned(models, options)
+        self._facts = {a.sha256: AdapterFacts(a.rank, bool(a.static_only)) for a in models.adapters.values()}
         config = EngineConfig(
             models.base,
             dtype=options.dtype,
             device=options.device,
             max_loras_per_batch=options.max_loras_per_batch,
+            max_loaded_loras=options.max_loaded_loras,
+            lora_host_bytes=options.lora_host_bytes,
+            lora_eviction=Eviction(options.lora_eviction_policy),
+            pinned=self._pinned,
+            merging=options.lora_mode != "dynamic",
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             kv_cache_memory=options.kv_cache_memory,
             max_row_tokens=longest_row,
         )
+        known = [*registered.values(), *(a for a in models.adapters.values() if a.sha256 in self._pinned)]
         try:
-            self._engine = Engine(config, models.adapters.values(), models.prompter.decode)
-        except ModelError as error:
+            self._engine = Engine(config, known, models.prompter.decode)
+            if options.preload:
+                self._engine.preload()
+        except (ModelError, AdapterError, ValueError) as error:
             raise Failure(ExitCode.INPUT, str(error)) from error
         self.runner = ShardRunner(self._engine, models.prompter)
+        self._costs: Costs | None = None
+
+    def close(self) -> None:
+        """Ends the thread that reads adapters."""
+        self._engine.close()
+
+    def plan(
+        self, index: Index, left: NDArray[np.int64], names: Names, decided: Mapping[str, str] | None = None
+    ) -> JobPlan:
+        """How to run the rows at positions `left` of the index; `names` is what they were checked with, `decided` what
+        an earlier run of the same job decided. For `auto` a few passes may be timed, if no rows are running.
+
+        Raises Failure (USAGE) for a mix that the slots cannot hold.
+        """
+        draft, decided = Draft(index, left, names, self._facts), decided or {}
+        try:
+            return draft.plan(
+                slots=self._options.max_loras_per_batch,
+                max_num_seqs=self._engine.max_num_seqs,
+                max_num_batched_tokens=self._options.max_num_batched_tokens,
+                max_loaded_loras=self._options.max_loaded_loras,
+                pinned=self._pinned,
+                mode=self._options.lora_mode,
+                order=self._options.order,
+                costs=self._measured(draft, decided),
+                decided=decided,
+            )
+        except ValueError as error:
+            raise Failure(ExitCode.USAGE, str(error)) from error
 
     def run(self, shard: Shard, *, stopping: Callable[[], bool], on_step: Callable[[], None]) -> None:
         """Answers the rows of `shard`; once `stopping`, only those that are in flight."""
@@ -65,8 +121,9 @@ class LocalEngine:
         return self._engine.stats
 
     def register(self, adapter: Adapter) -> None:
-        """From now on rows can ask for this content."""
+        """From now on rows can ask for this content. Raises ValueError if it is too large for host memory."""
         self._engine.register(adapter)
+        self._facts[adapter.sha256] = AdapterFacts(adapter.rank, bool(adapter.static_only))
 
     def forget(self, sha256: str) -> None:
         """No row asks for this content any more. Raises ValueError while one in the engine does."""
@@ -77,21 +134,13 @@ class LocalEngine:
         source: Input,
         index: Index,
         left: NDArray[np.int64],
+        plan: JobPlan,
         *,
         names: Names,
         job_id: str,
         emit: Callable[[list[DoneRow]], None],
     ) -> Shard:
-        """The rows at positions `left` of the index, in the order that is best for the engine; `names` is what they
-        were checked with."""
-        order = left[
-            plan_order(
-                index.mix[left],
-                index.cost[left],
-                slots=self._options.max_loras_per_batch,
-                max_num_seqs=self._engine.max_num_seqs,
-            )
-        ]
+        """The rows at positions `left` of the index as `plan` has them; `names` is what they were checked with."""
         job = Job(
             id=job_id,
             names=names,
@@ -99,7 +148,40 @@ class LocalEngine:
             max_model_len=self._base.max_model_len,
             seed=self._options.seed,
         )
-        return Shard(job, _read(source, index, order), emit)
+        merged = plan.merged
+        # Rows with merged weights ask for no slots: to the forecast they are the base's.
+        needs = [() if mix in merged else tuple(sha256 for sha256, _ in mix) for mix in plan.mixes]
+        forecast = Forecast(plan.mix[plan.order], needs)
+        rows = _read(source, index, left[plan.order])
+        return Shard(job, rows, emit, merged=merged.__contains__, forecast=forecast)
+
+    def _measured(self, draft: Draft, decided: Mapping[str, str]) -> Costs | None:
+        """What passes cost, if that is worth knowing."""
+        worth = draft.total_tokens * MEASURED_SHARE >= tokens_to_measure(self._engine.max_num_seqs)
+        if self._options.lora_mode != "auto" or not draft.undecided(decided) or not (worth or self._costs):
+            return None
+        if self._costs is None and not self._engine.has_work:
+            measured = measure(self._engine, draft.by_use)
+            timings = [Timing(one.seconds, one.tokens, one.rows, one.adapters) for one in measured.passes]
+            self._costs = fit(timings, merge_s=measured.merge_s, load_s=measured.load_s, read_s=measured.read_s)
+        return self._costs
+
+
+def _pinned(models: Models, options: ModelOptions) -> frozenset[str]:
+    """Content hashes of --pin. Raises Failure (USAGE)."""
+    for name in options.pinned:
+        if name not in models.adapters:
+            raise Failure(
+                ExitCode.USAGE, f"--pin {name}: no adapter has that name{did_you_mean(name, models.adapters)}"
+            )
+        if reasons := models.adapters[name].static_only:
+            raise Failure(ExitCode.USAGE, f"--pin {name}: it can only be served merged: {'; '.join(reasons)}")
+    pinned = frozenset(models.adapters[name].sha256 for name in options.pinned)
+    others = {adapter.sha256 for adapter in models.adapters.values()} - pinned
+    if len(pinned) > options.max_loras_per_batch - bool(others):
+        slots = f"--max-loras-per-batch {options.max_loras_per_batch}"
+        raise Failure(ExitCode.USAGE, f"--pin: {len(pinned)} adapters leave no slot of {slots} for the others")
+    return pinned
 
 
 def _read(source: Input, index: Index, order: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:

@@ -41,6 +41,15 @@ class ModelOptions(AdapterOptions):
     max_lora_rank: int = 64
     max_model_len: int | None = None
     max_loras_per_batch: int = 8
+    max_loaded_loras: int | None = None
+    lora_host_bytes: int | None = None
+    """None lets the engine choose."""
+    lora_eviction_policy: str = "plan"
+    pinned: Sequence[str] = ()
+    """Names of adapters that are never evicted."""
+    preload: bool = False
+    lora_mode: str = "auto"
+    order: str = "throughput"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int = 8192
     kv_cache_memory: int | None = None
@@ -62,6 +71,7 @@ class RunOptions(ModelOptions):
     on_invalid: str = "fail"
     overwrite: bool = False
     allow_failures: bool = False
+    explain: bool = False
     json: bool = False
     quiet: bool = False
 
@@ -168,6 +178,18 @@ _RUN_FLAGS = [
     _ALLOW_NOOP,
     _flag("--errors", type=_FILE, metavar="FILE", help="Failed rows.  [default: OUT with .errors before .jsonl]"),
     _flag("--max-loras-per-batch", type=_POSITIVE, default=8, help="Adapters on the device at once."),
+    _flag("--max-loaded-loras", type=_POSITIVE, help="Adapters in host memory at once.  [default: as many as fit]"),
+    _flag("--lora-host-bytes", callback=_size, default="auto", metavar="auto|SIZE",
+          help="Host memory for adapters, such as 4GiB."),
+    _flag("--lora-eviction-policy", type=click.Choice(["plan", "lru", "fifo"]), default="plan",
+          help="Which adapter makes room: the one needed last, the least recently used, or the first to come."),
+    _flag("--pin", dest="pinned", multiple=True, type=_CommaSeparated(), metavar="NAME",
+          help="An adapter that is never evicted; repeat it. In the environment: comma-separated."),
+    _flag("--preload", is_flag=True, help="Read adapters into host memory before the first row."),
+    _flag("--lora-mode", type=click.Choice(["auto", "dynamic", "static"]), default="auto",
+          help="Adapters side by side, merged into the base one after another, or by measured cost for each."),
+    _flag("--order", type=click.Choice(["throughput", "input"]), default="throughput",
+          help="Rows start as it is fastest, or about in input order."),
     _flag("--max-num-seqs", type=_POSITIVE, help="Sequences in flight.  [default: what the device suits]"),
     _flag("--max-num-batched-tokens", type=_POSITIVE, default=8192, help="Tokens in one forward pass."),
     _flag("--max-model-len", type=_POSITIVE, help="Prompt and output tokens of a row.  [default: the model's context]"),
@@ -183,6 +205,7 @@ _RUN_FLAGS = [
           help="Invalid lines stop the run before it starts, or go to the error file."),
     _flag("--overwrite", is_flag=True, help="Replace an output that exists, and a journal of another job."),
     _flag("--allow-failures", is_flag=True, help="Exit 0 though rows failed."),
+    _flag("--explain", is_flag=True, help="Print the plan and run nothing."),
     _flag("--json", is_flag=True, help="Print one JSON object with the run's numbers on stdout at the end."),
     _flag("--quiet", is_flag=True, help="No progress."),
 ]  # fmt: skip
