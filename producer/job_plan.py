@@ -18,6 +18,8 @@ from loramill.producer.plan import Plan, plan
 from loramill.producer.waves import Limits, MixFacts, Mode
 from loramill.schemas.names import Names, Uses
 
+_SHOWN = 4
+
 Mix = tuple[tuple[str, float], ...]
 """As the engine has it: content hashes with strengths."""
 
@@ -55,6 +57,20 @@ class JobPlan:
     def decisions(self) -> dict[str, str]:
         """For a journal: the mode of each mix."""
         return {_key(self.mixes[number]): one.mode.value for number, one in self.plan.decisions.items()}
+
+    def summary(self) -> list[str]:
+        """What was decided and why, in a line or few; nothing where no adapter is asked for."""
+        modes = [one.mode for one in self.plan.decisions.values()]
+        if not modes:
+            return []
+        merged = [number for number, one in self.plan.decisions.items() if one.mode is Mode.STATIC]
+        reasons = [f"{self.names[number]}: {self.plan.decisions[number].why}" for number in merged[:_SHOWN]]
+        if len(merged) < len(modes):
+            other = next(one for one in self.plan.decisions.values() if one.mode is Mode.DYNAMIC)
+            reasons.append(f"{len(modes) - len(merged):,} adapters and mixes side by side: {other.why}")
+        if len(merged) > _SHOWN:
+            reasons.append(f"and {len(merged) - _SHOWN:,} more merged; --explain shows them")
+        return reasons
 
     def describe(self) -> dict[str, Any]:
         """What `explain` shows."""

@@ -127,6 +127,7 @@ class Mill:
 
     def close(self) -> None:
         """Lets the model go."""
+        self._engine.close()
         del self._engine
 
     def __enter__(self) -> Self:
@@ -180,8 +181,13 @@ class Mill:
                 batch.left -= len(done)
             emit(done)
 
+        rows = np.arange(len(index))
+        try:
+            plan = self._engine.plan(index, rows, names)
+        except Failure as failure:
+            raise ValueError(str(failure)) from failure
         shard = self._engine.shard(
-            source, index, np.arange(len(index)), names=names, job_id=f"mill-{id(self):x}-{first}", emit=count
+            source, index, rows, plan, names=names, job_id=f"mill-{id(self):x}-{first}", emit=count
         )
         used = frozenset(names.adapters[name].sha256 for name in index.adapters)
         batch = Batch(len(index), shard, used, left=len(index))

@@ -11,8 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loramill.producer.base import silence_libraries
+from loramill.producer.explain import explain
 from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.index import Index
 from loramill.producer.interrupts import Interrupts
@@ -51,8 +53,28 @@ class Summary:
     prompt_tokens_per_s: float = 0.0
     completion_tokens_per_s: float = 0.0
     adapter_loads: int = 0
+    """Into device slots."""
     adapter_evictions: int = 0
+    adapter_load_s: float = 0.0
+    """How long passes waited for that."""
+    merges: int = 0
+    merge_s: float = 0.0
     waves: int = 0
+    host_loads: int = 0
+    """From disk into host memory."""
+    host_hits: int = 0
+    """Adapters that were in host memory when a slot asked for one."""
+    host_evictions: int = 0
+    host_bytes_read: int = 0
+    host_read_s: float = 0.0
+    """Most of it beside the computing."""
+    host_waited_s: float = 0.0
+    """How long slots waited for it."""
+    host_most_bytes: int = 0
+    """The most held at once."""
+    adapters_dynamic: int = 0
+    """Adapters and mixes served side by side, and those merged one after another."""
+    adapters_static: int = 0
     output: str = ""
     errors: str | None = None
 
@@ -81,6 +103,8 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
             interrupts.check()
             index = _check(source, models, options, invalid)
             interrupts.check()
+            if options.explain:
+                return _explain(options, models, source, index)
             with closing(_open_journal(options, source, models, index)) as journal:
                 job = _Job(journal.identity_sha256, options, models, source, index, journal)
                 summary = _finish(job, invalid, interrupts)
@@ -117,6 +141,7 @@ def _open_journal(options: RunOptions, source: Input, models: Models, index: Ind
         "input": source.sha256,
         "--limit": str(options.limit),
         "--base-name": models.names.base,
+        "--lora-mode": options.lora_mode,
         **models.identity(index.adapters),
     }
     try:
@@ -161,8 +186,12 @@ def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
     before = f", {summary.resumed:,} done before" if summary.resumed else ""
     note(f"{summary.rows:,} rows{before}, {len(index.adapters)} adapters: loading the base", quiet=quiet)
     load_started_s = time.monotonic()
-    engine = LocalEngine(job.models, job.options, longest_row=int((index.prompt_tokens + index.max_tokens)[left].max()))
+    engine = _load(job.models, job.options, index, left)
     run_started_s = time.monotonic()
+    plan = engine.plan(index, left, job.models.names, job.journal.decisions())
+    job.journal.decide(plan.decisions)
+    for line in plan.summary():
+        note(line, quiet=quiet)
     totals = job.journal.totals()
     rows_done, rows_failed = totals.done, totals.failed
 
@@ -177,16 +206,40 @@ def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
         tokens = (stats.prompt_tokens, stats.completion_tokens)
         progress.update(Moment(rows_done, rows_failed, *tokens, stats.resident))
 
-    shard = engine.shard(job.source, index, left, names=job.models.names, job_id=job.id, emit=commit)
-    with Progress(summary.rows, quiet=quiet) as progress, interrupts.draining():
+    shard = engine.shard(job.source, index, left, plan, names=job.models.names, job_id=job.id, emit=commit)
+    with closing(engine), Progress(summary.rows, quiet=quiet) as progress, interrupts.draining():
         engine.run(shard, stopping=lambda: interrupts.requested, on_step=show)
     stats = engine.stats
     summary.load_s = run_started_s - load_started_s
     summary.run_s = time.monotonic() - run_started_s
     summary.prompt_tokens_per_s = stats.prompt_tokens / summary.run_s
     summary.completion_tokens_per_s = stats.completion_tokens / summary.run_s
-    summary.adapter_loads, summary.adapter_evictions = stats.adapter_loads, stats.adapter_evictions
-    summary.waves = stats.waves
+    for name in ("adapter_loads", "adapter_evictions", "adapter_load_s", "merges", "merge_s", "waves"):
+        setattr(summary, name, getattr(stats, name))
+    for name, value in asdict(stats.host).items():
+        setattr(summary, f"host_{name}", value)
+    modes = list(plan.decisions.values())
+    summary.adapters_dynamic, summary.adapters_static = modes.count("dynamic"), modes.count("static")
+
+
+def _load(models: Models, options: RunOptions, index: Index, left: NDArray[np.int64]) -> LocalEngine:
+    longest = int((index.prompt_tokens + index.max_tokens)[left].max())
+    return LocalEngine(models, options, longest_row=longest, adapters=index.adapters)
+
+
+def _explain(options: RunOptions, models: Models, source: Input, index: Index) -> ExitCode:
+    """Prints what the command would do, without doing it: of a job that was begun, with what it has left."""
+    left, decided = np.arange(len(index)), dict[str, str]()
+    if options.journal_path.exists() and not options.overwrite:
+        with closing(_open_journal(options, source, models, index)) as journal:
+            left = np.flatnonzero(~journal.done(index.total_rows)[index.row])
+            decided = journal.decisions()
+    if not len(left):
+        raise Failure(ExitCode.INPUT, "there is no row to run")
+    with closing(_load(models, options, index, left)) as engine:
+        plan = engine.plan(index, left, models.names, decided).describe()
+    print(json.dumps(plan) if options.json else explain(plan), flush=True)
+    return ExitCode.OK
 
 
 def _commit(journal: Journal, rows: Iterator[DoneRow]) -> None:

@@ -80,7 +80,7 @@ class Names:
                 raise LineError(ErrorCode.MODEL_NOT_FOUND, message, "model")
             if named.alone is not None and (len(uses) > 1 or strength != 1):
                 raise invalid(f"adapter `{name}` can only be used alone and at strength 1: {named.alone}", "adapters")
-        if uses and not self.by_hash(uses):
+        if uses and (len(uses) > 1 or not uses[0][1]) and not self.by_hash(uses):
             what = "adapters" if row.adapters else "scale"
             raise invalid(f"`{what}` comes to strength 0, which is the base: leave the adapter out instead", what)
         return uses
@@ -134,6 +134,8 @@ class Names:
 
     def _adapter(self, written: str, custom_id: str, param: str = "model") -> str | None:
         """The adapter that a name comes to, None for the base; `base` is the base unless an adapter has that name."""
+        if written in self.adapters:
+            return written
         name = written
         prefix, _, rest = name.rpartition(":")
         if prefix in (self.base, "base") and self._knows(rest):

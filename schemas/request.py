@@ -162,7 +162,7 @@ def _parse_native(custom_id: str, line: dict[str, Any], route_fields: Collection
         raise invalid(f"the line has {how}; give exactly one", "prompt")
     body.pop("prompt" if is_chat else "messages", None)
     endpoint = Endpoint.CHAT if is_chat else Endpoint.COMPLETIONS
-    given = {name: line[name] for name in _STRENGTHS & line.keys()}
+    given = {name: line[name] for name in _STRENGTHS if name in line}
     return _parse_body(custom_id, endpoint, body, _strengths(given), route_fields)
 
 

@@ -101,7 +101,7 @@ class Engine:
             ValueError: as for `add`; or the mix could not be had.
         """
         if self.has_work:
-            raise ValueError("the engine has rows to answer")
+            raise ValueError("next_logits needs an engine without work")
         self.add(Request(-1, prompt, Sampling(1, temperature=0), mix, merged))
         while True:
             results, logits = self._pass()
@@ -144,7 +144,7 @@ class Engine:
         """
         using = {s.request.key for s in (*self._scheduler.waiting, *self._scheduler.running) if s.asks_for(sha256)}
         if using:
-            raise ValueError(f"{len(using)} rows in the engine use adapter {sha256}")
+            raise ValueError(f"adapter {sha256} is in use by rows that are not finished: {len(using)} of them")
         self._residency.forget(sha256)
 
     def watch(self, forecast: Forecast) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -13,17 +13,17 @@ from loramill.schemas.errors import LineError
 from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
 from loramill.schemas.request import Row, parse_line
-from loramill.schemas.response import Answer, Choice, Served, TokenInfo, error_line, ok_line
+from loramill.schemas.response import Answer, Served, ok_line
 from loramill.schemas.sampling import resolve_params
 from loramill.store.journal import DoneRow
 from loramill.worker.forecast import Forecast
-from loramill.worker.request import Completion, FinishReason, Mix, Request, Result, Sampling, TokenLogprob
+from loramill.worker.request import Mix, Request, Result, Sampling
+from loramill.worker.result_lines import choice, engine_failure, failed_row
 
 WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
 FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
 FEED_BYTES = 2**20  # bounds what a batch of long lines holds
 EMIT_ROWS = 512
-ENGINE_ERROR = "engine_error"
 EMIT_EVERY_S = 0.2  # what a kill can cost; a commit's fsync is then below 5 % of the time even on a slow disk
 
 
@@ -182,7 +182,7 @@ class ShardRunner:
                 error.custom_id = row.custom_id
                 shard.finished.append(failed_row(job.id, number, error))
             except ValueError as error:  # the engine's own refusal; only this row is in doubt
-                shard.finished.append(_engine_failure(job.id, number, row, str(error)))
+                shard.finished.append(engine_failure(job.id, number, row, str(error)))
             else:
                 self._in_flight[request.key] = _InFlight(shard, number, row, uses, request)
                 shard.in_flight += 1
@@ -206,11 +206,11 @@ class ShardRunner:
         shard, job = done.shard, done.shard.job
         shard.in_flight -= 1
         if result.error is not None:
-            failed = _engine_failure(job.id, done.number, done.row, result.error, result.prompt_tokens, result.code)
+            failed = engine_failure(job.id, done.number, done.row, result.error, result.prompt_tokens, result.code)
             shard.finished.append(failed)
             return
         answer = Answer(
-            choices=[_choice(completion, self._prompter) for completion in result.completions],
+            choices=[choice(completion, self._prompter) for completion in result.completions],
             prompt_tokens=result.prompt_tokens,
             model=done.row.model or job.names.base,
             adapters=[Served(name, job.names.adapters[name].sha256, strength) for name, strength in done.uses],
@@ -228,20 +228,6 @@ class ShardRunner:
             self.emit_all()
 
 
-def failed_row(job_id: str, number: int, error: LineError) -> DoneRow:
-    """A row that cannot be run, as a line of the error file."""
-    line = error_line(job_id, number, error.custom_id, error.message, code=error.code, param=error.param)
-    return DoneRow(number, True, line)
-
-
-def _engine_failure(
-    job_id: str, number: int, row: Row, why: str, prompt_tokens: int = 0, code: str = ENGINE_ERROR
-) -> DoneRow:
-    """A row that the engine could not answer, as a line of the error file."""
-    line = error_line(job_id, number, row.custom_id, why, code=code, status=500)
-    return DoneRow(number, True, line, prompt_tokens)
-
-
 def _batch(rows: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     size = 0
     for number, line in islice(rows, FEED_ROWS):
@@ -249,35 +235,3 @@ def _batch(rows: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         size += len(line)
         if size >= FEED_BYTES:
             return
-
-
-def _choice(completion: Completion, prompter: Prompter) -> Choice:
-    """The answer's text: without the stop string and what follows it, or the token that ended it."""
-    shown: Sequence[int] = completion.token_ids
-    if completion.finish_reason is FinishReason.STOP and completion.stop_string is None:
-        shown = shown[:-1]
-    text = prompter.decode(shown)
-    if completion.stop_string is not None:
-        text, _, _ = text.partition(completion.stop_string)
-    logprobs = None
-    if completion.logprobs is not None:
-        logprobs = [_token(token, prompter) for token in completion.logprobs[: len(shown)]]
-        if completion.stop_string is not None:
-            logprobs = _up_to(logprobs, len(text.encode()))
-    return Choice(completion.index, text, completion.finish_reason.value, completion.token_ids, logprobs)
-
-
-def _token(token: TokenLogprob, prompter: Prompter) -> TokenInfo:
-    text, raw = prompter.piece(token.token_id)
-    top = [TokenInfo(*prompter.piece(token_id), logprob) for token_id, logprob in token.top]
-    return TokenInfo(text, raw, token.logprob, top)
-
-
-def _up_to(tokens: list[TokenInfo], length: int) -> list[TokenInfo]:
-    """The tokens that begin within the first `length` bytes of the text."""
-    start = 0
-    for count, token in enumerate(tokens):
-        if start >= length:
-            return tokens[:count]
-        start += len(token.raw)
-    return tokens

@@ -87,7 +87,6 @@ def test_a_split_is_decided_alike_in_every_run(named) -> None:
 
 
 # This engine has one adapter a row at strength 1 and refuses the rest; with strengths and mixes this test passes.
-@pytest.mark.xfail(strict=True, reason="the engine serves neither strengths nor mixes yet")
 def test_strengths_and_mixes_change_the_answers(named) -> None:
     mix = [{"name": "up", "scale": 0.6}, {"name": "back", "scale": 0.6}]
     rows = [chat(name, "hello", **fields, logprobs=True) for name, fields in {

@@ -207,11 +207,3 @@ def test_next_logits_are_those_of_the_token_that_a_row_gets(
     engine.add(Request(1, [5], Sampling(3)))
     with pytest.raises(ValueError, match="without work"):
         engine.next_logits([5])
-
-
-def test_what_this_engine_cannot_compute_is_refused(family: Callable[[str], Any], make_engine: Make) -> None:
-    engine, (one, two, *_) = make_engine(), (adapter.sha256 for adapter in family("llama").adapters)
-    for mix, merged in ((((one, 0.5),), False), (((one, 1.0), (two, 1.0)), False), (((one, 1.0),), True)):
-        with pytest.raises(ValueError, match="one adapter a row"):
-            engine.add(Request(0, [5], Sampling(1), mix, merged))
-    assert not engine.has_work

@@ -1,0 +1,60 @@
+"""Finished rows as lines: an answer's text and log probabilities, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loramill.schemas.errors import LineError
+from loramill.schemas.prompt import Prompter
+from loramill.schemas.request import Row
+from loramill.schemas.response import Choice, TokenInfo, error_line
+from loramill.store.journal import DoneRow
+from loramill.worker.request import Completion, FinishReason, TokenLogprob
+
+ENGINE_ERROR = "engine_error"
+
+
+def failed_row(job_id: str, number: int, error: LineError) -> DoneRow:
+    """A row that cannot be run, as a line of the error file."""
+    line = error_line(job_id, number, error.custom_id, error.message, code=error.code, param=error.param)
+    return DoneRow(number, True, line)
+
+
+def engine_failure(
+    job_id: str, number: int, row: Row, why: str, prompt_tokens: int = 0, code: str = ENGINE_ERROR
+) -> DoneRow:
+    """A row that the engine could not answer, as a line of the error file."""
+    line = error_line(job_id, number, row.custom_id, why, code=code, status=500)
+    return DoneRow(number, True, line, prompt_tokens)
+
+
+def choice(completion: Completion, prompter: Prompter) -> Choice:
+    """The answer's text: without the stop string and what follows it, or the token that ended it."""
+    shown: Sequence[int] = completion.token_ids
+    if completion.finish_reason is FinishReason.STOP and completion.stop_string is None:
+        shown = shown[:-1]
+    text = prompter.decode(shown)
+    if completion.stop_string is not None:
+        text, _, _ = text.partition(completion.stop_string)
+    logprobs = None
+    if completion.logprobs is not None:
+        logprobs = [_token(token, prompter) for token in completion.logprobs[: len(shown)]]
+        if completion.stop_string is not None:
+            logprobs = _up_to(logprobs, len(text.encode()))
+    return Choice(completion.index, text, completion.finish_reason.value, completion.token_ids, logprobs)
+
+
+def _token(token: TokenLogprob, prompter: Prompter) -> TokenInfo:
+    text, raw = prompter.piece(token.token_id)
+    top = [TokenInfo(*prompter.piece(token_id), logprob) for token_id, logprob in token.top]
+    return TokenInfo(text, raw, token.logprob, top)
+
+
+def _up_to(tokens: list[TokenInfo], length: int) -> list[TokenInfo]:
+    """The tokens that begin within the first `length` bytes of the text."""
+    start = 0
+    for count, token in enumerate(tokens):
+        if start >= length:
+            return tokens[:count]
+        start += len(token.raw)
+    return tokens
