@@ -129,6 +129,11 @@ def _named_specs(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     return named
 
 
+def _several(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Every name, also of several with commas between."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
 def _json_specs(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, AdapterSpec]:
     """Every adapter of a JSON object."""
     if not value:
@@ -183,7 +188,7 @@ _RUN_FLAGS = [
           help="Host memory for adapters, such as 4GiB."),
     _flag("--lora-eviction-policy", type=click.Choice(["plan", "lru", "fifo"]), default="plan",
           help="Which adapter makes room: the one needed last, the least recently used, or the first to come."),
-    _flag("--pin", dest="pinned", multiple=True, type=_CommaSeparated(), metavar="NAME",
+    _flag("--pin", dest="pinned", multiple=True, type=_CommaSeparated(), callback=_several, metavar="NAME",
           help="An adapter that is never evicted; repeat it. In the environment: comma-separated."),
     _flag("--preload", is_flag=True, help="Read adapters into host memory before the first row."),
     _flag("--lora-mode", type=click.Choice(["auto", "dynamic", "static"]), default="auto",

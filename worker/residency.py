@@ -97,7 +97,8 @@ class Residency:
         Raises:
             AdapterError: one is no longer what it was when it was checked.
         """
-        self._host.preload(sorted(self._adapters.values(), key=lambda one: one.sha256 not in self._pinned))
+        dynamic = [adapter for adapter in self._adapters.values() if not adapter.static_only]
+        self._host.preload(sorted(dynamic, key=lambda one: one.sha256 not in self._pinned))
 
     def prepare(self, step: Step, scheduler: Scheduler) -> dict[str, str]:
         """See that the weights and slots are as `step` says: the adapters that cannot be had any more, and why."""

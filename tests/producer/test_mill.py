@@ -215,7 +215,7 @@ def test_adapters_come_and_go(options: dict[str, Any], tiny_adapters: Path, tmp_
         gone = mill.adapters["new"]
         mill.remove_adapter("new")
         assert list(mill.adapters) == ["one"]
-        assert gone not in mill._engine._engine._adapters
+        assert gone not in mill._engine._engine._residency._adapters
         with pytest.raises(ValueError, match="no adapter or model is named `new`"):
             say(mill, "new")
         mill.add_adapter("new", tiny_adapters / "two")
@@ -236,7 +236,7 @@ def test_rows_keep_the_adapter_that_they_were_checked_with(options: dict[str, An
         assert [result.token_ids for result in results] == wanted * 43
         assert {result.adapter_sha256 for result in results} == {old}
         assert say(mill, "one", 2) == others * 2
-        assert old not in mill._engine._engine._adapters, "forgotten once its last row was done"
+        assert old not in mill._engine._engine._residency._adapters, "forgotten once its last row was done"
 
 
 def test_an_adapter_in_use_is_removed_only_after_its_rows(options: dict[str, Any]) -> None:
