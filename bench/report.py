@@ -1,8 +1,9 @@
 """`python -m bench.report [FILE ...]`: write the measured tables into the documents, from `bench/results/*.json`.
 
 A document says where with a pair of markers, `<!-- bench:summary -->` (one table), `<!-- bench:results -->` (every
-table with its job, hardware and versions) or `<!-- bench:gpu -->` (what `make gpu` measured, or that it has not yet),
-each closed by `<!-- /bench -->`; what lies between is replaced. The plot of the kernels goes beside the documents.
+table with its job, hardware and versions), `<!-- bench:gpu -->` (what `make gpu` measured, or that it has not yet),
+or `<!-- bench:simulation -->` (what `python -m bench.simulate` found), each closed by `<!-- /bench -->`; what lies
+between is replaced. The plots of the kernels and of the simulation go beside the documents.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, gpu_report
+from bench import ROOT, gpu_report, simulation_report
 from bench.plot import plot
 
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 OURS = ("loramill", "loramill-16", "loramill-base")
-SECTION = re.compile(r"(<!-- bench:(summary|results|gpu) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- bench:(summary|results|gpu|simulation) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -30,17 +31,28 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def load_gpu(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Every result of `make gpu`, by file name."""
-    return [result for result in _all(folder) if "part" in result]
+    return [result for result in _all(folder) if result.get("part") not in (None, "simulation")]
+
+
+def load_simulations(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Every result of `python -m bench.simulate`, by file name."""
+    return [result for result in _all(folder) if result.get("part") == "simulation"]
 
 
 def _all(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
-def render(document: str, results: Sequence[Mapping[str, Any]], gpu: Sequence[Mapping[str, Any]] = ()) -> str:
+def render(
+    document: str,
+    results: Sequence[Mapping[str, Any]],
+    gpu: Sequence[Mapping[str, Any]] = (),
+    simulations: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """`document` with its marked sections made anew; a document without markers comes back as it was."""
     sections = {
         "gpu": gpu_report.section(gpu),
+        "simulation": simulation_report.section(simulations),
         "summary": "\n".join(f"{table(result)}\n\n{setting(result)}\n" for result in results),
         "results": "\n".join(detail(result) for result in results),
     }
@@ -129,18 +141,21 @@ def _ratio(values: Mapping[str, float] | None) -> str:
 
 def main(files: Sequence[str]) -> int:
     """Rewrite `files`, by default those documents of the repository that exist."""
-    results, gpu = load(), load_gpu()
+    results, gpu, simulations = load(), load_gpu(), load_simulations()
     if not results:
         print(f"no results in {RESULTS}: run `make bench` first", file=sys.stderr)
         return 1
     for result in [one for one in gpu if one["part"] == "kernels"]:
         (ROOT / "docs" / gpu_report.plot_name(result)).write_text(plot(result["points"], result["titles"]))
+    for result in simulations:
+        drawn = plot(simulation_report.points(result), result["titles"])
+        (ROOT / "docs" / simulation_report.plot_name(result)).write_text(drawn)
     for file in [Path(name) for name in files] or [path for path in DOCUMENTS if path.exists()]:
         before = file.read_text()
         if not SECTION.search(before):
-            print(f"{file}: no <!-- bench:summary -->, <!-- bench:results --> or <!-- bench:gpu -->", file=sys.stderr)
+            print(f"{file}: no <!-- bench:... --> with a name that this program knows", file=sys.stderr)
             return 1
-        file.write_text(render(before, results, gpu))
+        file.write_text(render(before, results, gpu, simulations))
     return 0
 
 

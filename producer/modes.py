@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LEAST_GAIN = 0.02
-"""Of the time of the job: what merging must save to be believed."""
+"""What merging must save of the job's time to be believed."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,8 +40,9 @@ def decide(
     """The decision for every mix that has rows, the most tokens first.
 
     What was decided before is kept, mixes that can only be served merged are, and `mode` decides for the others.
-    `auto` tries, for every k, to merge the k mixes with the most tokens, and takes the k with the least predicted
-    seconds; where that saves less than `LEAST_GAIN` of the job nothing is merged. Without costs nothing is either.
+    `auto` looks, for every k, at merging the k mixes with the most tokens. It takes the least k that saves what the
+    best one saves, but for `LEAST_GAIN` of that; and none where it saves less than `LEAST_GAIN` of the job. Without
+    costs nothing is merged.
 
     Raises:
         ValueError: an earlier decision cannot be carried out, or a mix that must be dynamic exceeds the free slots.
@@ -99,7 +100,8 @@ class _Auto:
         merged = self._static[static].sum() + np.cumsum(np.r_[0, self._static[mixes]])
         merging = len(static) + np.arange(len(mixes) + 1)
         seconds = self._seconds(all_dynamic - gone, longest, merged, merging)
-        count = int(np.argmin(seconds))
+        # The last few mixes may save next to nothing: as many as bring all but a little of what can be saved.
+        count = int(np.argmax(seconds <= seconds.min() + LEAST_GAIN * (seconds[0] - seconds.min())))
         if seconds[0] - seconds[count] < LEAST_GAIN * seconds[0]:
             count = 0
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import DOCUMENTS, load, load_gpu, render, table
+from bench.report import DOCUMENTS, load, load_gpu, load_simulations, render, table
 
 RESULT: dict[str, Any] = {
     "name": "small",
@@ -69,4 +69,5 @@ def test_render_replaces_only_marked_sections() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_show_the_results_that_are_kept(document: Any) -> None:
     if document.exists():
-        assert render(document.read_text(), load(), load_gpu()) == document.read_text(), "run `python -m bench.report`"
+        shown = render(document.read_text(), load(), load_gpu(), load_simulations())
+        assert shown == document.read_text(), "run `python -m bench.report`"
