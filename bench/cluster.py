@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loramill.producer.costs import Costs
-from loramill.producer.residency import NEVER, Tier
+from loramill.producer.traffic import NEVER, Tier
 
 Ints = NDArray[np.int64]
 BASE = -1

@@ -80,19 +80,6 @@ def plan(
     return Plan(waves, all_rows, decisions, predict(waves, work, facts, limits, costs))
 
 
-def plan_order(
-    adapter: NDArray[np.int32], cost: NDArray[np.int64], *, slots: int, max_num_seqs: int
-) -> NDArray[np.int64]:
-    """The positions of the rows in the order in which the engine should start them, all dynamic.
-
-    adapter: (rows,) adapter of each row, -1 for the base.  cost: (rows,) its tokens, prompt and answer.
-    """
-    facts = [MixFacts((number,), 1) for number in range(int(adapter.max(initial=-1)) + 1)]
-    limits = Limits(slots, max_num_seqs, max(1, int(cost.sum())))
-    waves = arrange(np.arange(len(adapter)), adapter, cost, facts, limits)
-    return np.concatenate([np.empty(0, np.int64), *(wave.rows for wave in waves)])
-
-
 def _static_waves(rows: Ints, mix: NDArray[np.int32], cost: Ints) -> Iterator[Wave]:
     """One wave a mix, its rows longest first; the mix with the most tokens first, so that a job ends on small tails."""
     ordered = rows[np.lexsort((-cost[rows], mix[rows]))]

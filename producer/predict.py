@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from loramill.producer.costs import Costs, dynamic_seconds, static_seconds
-from loramill.producer.residency import traffic
+from loramill.producer.traffic import traffic
 from loramill.producer.waves import Limits, MixFacts, Mode, Wave
 from loramill.producer.work import Work, merges, shares, totals
 

@@ -59,6 +59,7 @@ def measure(engine: Engine, adapters: Sequence[str]) -> Measured:
     measured.read_s = stats.host.read_s / max(1, stats.host.loads)
     _time(engine, Measured(), 1, one, merged=True)
     measured.merge_s = engine.stats.merge_s
+    _time(engine, Measured(), 1, [()])  # the base's own weights again
     engine.reset_stats()
     return measured
 

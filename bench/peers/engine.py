@@ -9,7 +9,8 @@ import numpy as np
 
 from bench.job import Job, Row
 from bench.peers.runner import Answers
-from loramill.producer.plan import plan_order
+from loramill.producer.plan import plan
+from loramill.producer.waves import Limits, MixFacts
 from loramill.worker.adapters import open_adapter
 from loramill.worker.engine import Engine, EngineConfig
 from loramill.worker.model import describe_base
@@ -67,6 +68,8 @@ class EngineRunner:
         """As the command plans them."""
         numbers = {name: number for number, name in enumerate(job.adapter_names)} if self.lora else {}
         adapter = np.array([numbers.get(row.adapter, -1) for row in rows], dtype=np.int32)
-        cost = np.array([len(row.prompt) + job.spec.output_tokens for row in rows], dtype=np.int64)
-        order = plan_order(adapter, cost, slots=max(1, self.slots), max_num_seqs=self._max_num_seqs)
-        return [int(number) for number in order]
+        prompt = np.array([len(row.prompt) for row in rows], dtype=np.int64)
+        answer = np.full(len(rows), job.spec.output_tokens, dtype=np.int64)
+        facts = [MixFacts((number,), job.spec.rank) for number in numbers.values()]
+        limits = Limits(max(1, self.slots), self._max_num_seqs, 8192)
+        return [int(number) for number in plan(adapter, prompt, answer, facts, limits, mode="dynamic").rows]

@@ -40,7 +40,7 @@ LAZY = {"producer": {"torch", "transformers"}}
 PURE = (
     *("worker/scheduler.py", "worker/slots.py", "worker/forecast.py"),
     *("producer/plan.py", "producer/waves.py", "producer/units.py", "producer/work.py", "producer/costs.py"),
-    *("producer/modes.py", "producer/predict.py", "producer/residency.py", "producer/explain.py"),
+    *("producer/modes.py", "producer/predict.py", "producer/traffic.py", "producer/explain.py"),
 )
 PURE_LIBRARY = {
     *("__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math"),

@@ -13,9 +13,11 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loramill.producer.plan import plan_order
+from loramill.producer.plan import plan
 from loramill.producer.reader import open_input
 from loramill.producer.validate import validate
+from loramill.producer.waves import Limits as Slots
+from loramill.producer.waves import MixFacts
 from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 
@@ -42,7 +44,8 @@ def main(rows: int, folder: str) -> None:
     names = Names("tiny", {f"a{number}": Named(f"{number}") for number in range(16)})
     with open_input(str(path), folder) as source:
         index = validate(source, prompter, names=names, max_mix=8)
-        order = plan_order(index.mix, index.cost, slots=8, max_num_seqs=256)
+        facts = [MixFacts((number,), 8) for number in range(len(index.mixes))]
+        order = plan(index.mix, index.prompt_tokens, index.max_tokens, facts, Slots(8, 256, 8192)).rows
     seconds = time.perf_counter() - began
     print(json.dumps({"rows": len(order), "rows_per_s": rows / seconds, "growth_mb": peak_mb() - before}))
 

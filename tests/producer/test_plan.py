@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from loramill.producer.plan import WINDOW_BATCHES, Plan, plan, plan_order
+from loramill.producer.plan import WINDOW_BATCHES, Plan, plan
 from loramill.producer.waves import Limits, MixFacts, Mode, Wave
 
 Ints = NDArray[np.int64]
@@ -204,7 +204,9 @@ def test_overlapping_mixes_that_fit_are_served_together() -> None:
 
 
 def order_of(adapter: list[int] | Ints, cost: list[int] | Ints, slots: int, max_num_seqs: int) -> Ints:
-    return plan_order(np.asarray(adapter, np.int32), np.asarray(cost, np.int64), slots=slots, max_num_seqs=max_num_seqs)
+    mix, tokens = np.asarray(adapter, np.int32), np.asarray(cost, np.int64)
+    facts = [MixFacts((number,), 1) for number in range(int(mix.max(initial=-1)) + 1)]
+    return plan(mix, tokens, np.zeros_like(tokens), facts, Limits(slots, max_num_seqs, 10**9)).rows
 
 
 def simulate(adapters: Ints, cost: Ints, slots: int, max_num_seqs: int) -> tuple[int, int]:

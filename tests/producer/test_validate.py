@@ -11,7 +11,7 @@ import pytest
 
 from loramill.producer import validate as validate_module
 from loramill.producer.index import MAX_SHOWN, Index
-from loramill.producer.plan import plan_order
+from loramill.producer.job_plan import AdapterFacts, Draft
 from loramill.producer.reader import open_input
 from loramill.producer.validate import validate
 from loramill.schemas.errors import LineError
@@ -219,8 +219,20 @@ def test_mixes_that_cannot_be_are_reported_with_their_line(bench: Bench) -> None
 
 def test_index_feeds_the_plan(bench: Bench) -> None:
     index = bench.run([line(number, adapter=ADAPTERS[number % 2], max_tokens=1 + number) for number in range(6)])
-    order = plan_order(index.mix, index.cost, slots=1, max_num_seqs=2)
-    assert index.row[order].tolist() == [4, 2, 0, 5, 3, 1]
+    facts = {named.sha256: AdapterFacts(8, static_only=False) for named in bench.names.adapters.values()}
+    draft = Draft(index, np.arange(len(index)), bench.names, facts)
+    made = draft.plan(
+        slots=1,
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_loaded_loras=None,
+        pinned=frozenset(),
+        mode="dynamic",
+        order="throughput",
+        costs=None,
+        decided={},
+    )
+    assert index.row[made.order].tolist() == [4, 2, 0, 5, 3, 1]
 
 
 def test_a_million_rows_take_little_memory(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.producer.residency import Policy, Traffic, traffic
+from loramill.producer.traffic import Policy, Traffic, traffic
 
 one_at_a_time = st.lists(st.integers(0, 6), max_size=12)
 policies: st.SearchStrategy[Policy] = st.sampled_from(["plan", "lru", "fifo"])
