@@ -55,6 +55,7 @@ class HostTier:
             AdapterError: its files are no longer what they were when it was checked.
         """
         began_s = time.perf_counter()
+        self._collect()
         packed = self._held.get(adapter.sha256)
         if packed is not None:
             self.stats.hits += 1

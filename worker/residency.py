@@ -113,9 +113,9 @@ class Residency:
             self._wanted = frozenset((*scheduler.wanted, *(load.adapter for load in step.loads)))
             for load in step.loads:
                 failed |= self._load(load)
+                self._wanted -= {load.adapter}
             self._stats.waves += 1
             self._stats.adapter_load_s += time.perf_counter() - began_s
-            self._wanted -= {load.adapter for load in step.loads}
             self._read_ahead()
         self._broken |= failed
         for adapter in failed:
@@ -168,5 +168,7 @@ class Residency:
         return min((forecast.next_use(adapter) for forecast in self._forecasts), default=inf)
 
     def _next_use(self, adapter: str) -> float:
-        """For the host tier, which rows that wait will turn to before those that are still to come."""
-        return -1 if adapter in self._wanted else self._next_row(adapter)
+        """For the host tier: rows that wait come before those still to come, and what has a slot is not needed."""
+        if adapter in self._wanted:
+            return -1
+        return inf if self.slots.slot(adapter) is not None else self._next_row(adapter)
