@@ -76,7 +76,8 @@ class Engine:
         """Queue a row.
 
         Raises:
-            ValueError: its mix cannot be had, its prompt is empty, it is too long, or its key is in use.
+            ValueError: its mix cannot be had (AdapterUnavailable if it could), its prompt is empty, it is too long, or
+                its key is in use.
         """
         longest = len(request.prompt) + request.sampling.max_tokens
         limit = self.config.max_row_tokens or self.config.base.max_model_len

@@ -45,7 +45,9 @@ class HostTier:
         """Why an adapter can never be held."""
         size = adapter.nbytes(self.dtype)
         return (
-            f"its {size:,} bytes are more than the {self.max_bytes:,} for adapters" if size > self.max_bytes else None
+            f"its {size:,} bytes are more than the {self.max_bytes:,} of --lora-host-bytes"
+            if size > self.max_bytes
+            else None
         )
 
     def take(self, adapter: Adapter) -> Packed:

@@ -100,6 +100,10 @@ class Result:
     """What kind of error: engine_error, or adapter_unavailable."""
 
 
+class AdapterUnavailable(ValueError):
+    """An adapter that was checked and cannot be had any more: its files changed, or are gone."""
+
+
 @dataclass(slots=True)
 class HostStats:
     """Counters of the adapters in host memory."""

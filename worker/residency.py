@@ -13,7 +13,7 @@ from loramill.worker.host_tier import HostTier
 from loramill.worker.memory import free_memory
 from loramill.worker.merge import MergeError
 from loramill.worker.model import Model
-from loramill.worker.request import EngineStats, Mix
+from loramill.worker.request import AdapterUnavailable, EngineStats, Mix
 from loramill.worker.scheduler import Scheduler, Step
 from loramill.worker.slots import Load, Slots
 
@@ -41,7 +41,7 @@ class Residency:
         self._adapters: dict[str, Adapter] = {}
         self._broken: dict[str, str] = {}
         self._forecasts: list[Forecast] = []
-        self._wanted: frozenset[str] = frozenset()
+        self._wanted: dict[str, None] = {}
         self._merged: Mix = ()
 
     def count_in(self, stats: EngineStats) -> None:
@@ -69,12 +69,16 @@ class Residency:
         self._host.drop(sha256)
 
     def refuses(self, mix: Mix, *, merged: bool) -> str | None:
-        """Why no row can be answered by this mix, if so."""
+        """Why no row can be answered by this mix, if so.
+
+        Raises:
+            AdapterUnavailable: it could be, before one of its adapters was lost.
+        """
         for adapter, _ in mix:
             if adapter not in self._adapters:
                 return f"adapter {adapter} is not registered with this engine"
             if adapter in self._broken:
-                return self._broken[adapter]
+                raise AdapterUnavailable(self._broken[adapter])
             if not merged and (reasons := self._adapters[adapter].static_only):
                 return f"adapter {adapter} can only be served merged: {', '.join(reasons)}"
         if not merged and not self.slots.fits([adapter for adapter, _ in mix]):
@@ -110,10 +114,10 @@ class Residency:
             self._stats.merges += bool(step.weights)
             self._stats.merge_s += time.perf_counter() - began_s
         if step.loads:
-            self._wanted = frozenset((*scheduler.wanted, *(load.adapter for load in step.loads)))
+            self._wanted = dict.fromkeys(load.adapter for load in step.loads) | scheduler.wanted
             for load in step.loads:
                 failed |= self._load(load)
-                self._wanted -= {load.adapter}
+                self._wanted.pop(load.adapter)
             self._stats.waves += 1
             self._stats.adapter_load_s += time.perf_counter() - began_s
             self._read_ahead()

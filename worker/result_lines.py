@@ -12,6 +12,8 @@ from loramill.store.journal import DoneRow
 from loramill.worker.request import Completion, FinishReason, TokenLogprob
 
 ENGINE_ERROR = "engine_error"
+ADAPTER_UNAVAILABLE = "adapter_unavailable"
+"""Its files changed after they were checked; the adapters that are as they were go on."""
 
 
 def failed_row(job_id: str, number: int, error: LineError) -> DoneRow:

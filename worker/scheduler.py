@@ -134,9 +134,9 @@ class Scheduler:
         return dropped
 
     @property
-    def wanted(self) -> set[str]:
-        """The adapters that waiting rows need in slots."""
-        return {adapter for s in self.waiting if not s.request.merged for adapter, _ in s.request.mix}
+    def wanted(self) -> dict[str, None]:
+        """The adapters that waiting rows need in slots, in the order of the rows."""
+        return {adapter: None for s in self.waiting if not s.request.merged for adapter, _ in s.request.mix}
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> list[Load]:
         """Start waiting rows: what to load for them; they are added to `chunks`."""

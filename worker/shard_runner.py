@@ -17,8 +17,8 @@ from loramill.schemas.response import Answer, Served, ok_line
 from loramill.schemas.sampling import resolve_params
 from loramill.store.journal import DoneRow
 from loramill.worker.forecast import Forecast
-from loramill.worker.request import Mix, Request, Result, Sampling
-from loramill.worker.result_lines import choice, engine_failure, failed_row
+from loramill.worker.request import AdapterUnavailable, Mix, Request, Result, Sampling
+from loramill.worker.result_lines import ADAPTER_UNAVAILABLE, ENGINE_ERROR, choice, engine_failure, failed_row
 
 WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
 FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
@@ -182,7 +182,8 @@ class ShardRunner:
                 error.custom_id = row.custom_id
                 shard.finished.append(failed_row(job.id, number, error))
             except ValueError as error:  # the engine's own refusal; only this row is in doubt
-                shard.finished.append(engine_failure(job.id, number, row, str(error)))
+                code = ADAPTER_UNAVAILABLE if isinstance(error, AdapterUnavailable) else ENGINE_ERROR
+                shard.finished.append(engine_failure(job.id, number, row, str(error), code=code))
             else:
                 self._in_flight[request.key] = _InFlight(shard, number, row, uses, request)
                 shard.in_flight += 1
