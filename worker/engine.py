@@ -226,7 +226,9 @@ class Engine:
 
     def _fail_rows_of(self, adapters: Mapping[str, str]) -> list[Result]:
         """End every row that asks for an adapter that cannot be had, for which `adapters` says why."""
-        failed = []
+        failed: list[Result] = []
+        if not adapters:
+            return failed
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             why = next((adapters[adapter] for adapter, _ in sequence.request.mix if adapter in adapters), None)
             if why is not None and sequence.request.key in self._answers:

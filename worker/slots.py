@@ -80,8 +80,8 @@ class Slots:
         missing = [a for a in adapters if a not in self._slot_of]
         kept_free = len(self.pinned.difference(self._slot_of, adapters))
         short = len(missing) + kept_free - len(self._free)
-        leaving = self._leaving(set(adapters), wanted)[:short] if short > 0 else []
-        if len(leaving) < short:
+        leaving = self._leaving(adapters, wanted, short) if short > 0 else []
+        if leaving is None:
             return None
         loads = []
         for adapter in missing:
@@ -115,10 +115,17 @@ class Slots:
             self._free.append(self._slot_of.pop(adapter))
             del self._came[adapter]
 
-    def _leaving(self, needed: Container[str], wanted: Container[str]) -> list[str]:
-        """Who may be evicted, the first to go first."""
+    def _leaving(self, needed: Container[str], wanted: Container[str], count: int) -> list[str] | None:
+        """The `count` that make room, or None when fewer may be evicted."""
         order = self._came if self._eviction is Eviction.FIFO else self._slot_of
-        idle = [a for a in order if a not in self._running and a not in needed and a not in self.pinned]
-        if self._eviction is not Eviction.PLAN:
-            return idle
-        return sorted((a for a in idle if a not in wanted), key=lambda a: -self._next_use(a))
+        by_plan = self._eviction is Eviction.PLAN
+        idle = [
+            a
+            for a in order
+            if a not in self._running and a not in needed and a not in self.pinned and not (by_plan and a in wanted)
+        ]
+        if len(idle) < count:
+            return None
+        if by_plan:
+            idle.sort(key=lambda a: -self._next_use(a))
+        return idle[:count]
