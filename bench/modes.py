@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "modes.json")
     options = parser.parse_args(arguments)
     result = {
-        "kind": "modes",
+        "part": "modes",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": " ".join(["python -m bench.modes", *arguments]),
         "hardware": machine.hardware(),

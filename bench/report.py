@@ -1,9 +1,9 @@
 """`python -m bench.report [FILE ...]`: write the measured tables into the documents, from `bench/results/*.json`.
 
-A document says where with a pair of markers, `<!-- bench:summary -->` (one table), `<!-- bench:results -->` (every
-table with its job, hardware and versions), `<!-- bench:gpu -->` (what `make gpu` measured, or that it has not yet),
-or `<!-- bench:simulation -->` (what `python -m bench.simulate` found), each closed by `<!-- /bench -->`; what lies
-between is replaced. The plots of the kernels and of the simulation go beside the documents.
+A document says where with a pair of markers, `<!-- bench:NAME -->` and `<!-- /bench -->`; what lies between is
+replaced. Of `make bench`, `summary` is one table and `results` every table with its job, hardware and versions; `gpu` is what
+`make gpu` measured, or that it has not yet; `simulation`, `modes` and `thousand` are what the programs of these names
+in bench/ found. The plots of the kernels and of the simulation go beside the documents.
 """
 
 from __future__ import annotations
@@ -15,48 +15,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, gpu_report, simulation_report
+from bench import ROOT, adapters_report, gpu_report, simulation_report
 from bench.plot import plot
 
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 OURS = ("loramill", "loramill-16", "loramill-base")
-SECTION = re.compile(r"(<!-- bench:(summary|results|gpu|simulation) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+Results = Sequence[Mapping[str, Any]]
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Every result of the job, by file name."""
-    return [result for result in _all(folder) if "part" not in result]
-
-
-def load_gpu(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Every result of `make gpu`, by file name."""
-    return [result for result in _all(folder) if result.get("part") not in (None, "simulation")]
-
-
-def load_simulations(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Every result of `python -m bench.simulate`, by file name."""
-    return [result for result in _all(folder) if result.get("part") == "simulation"]
-
-
-def _all(folder: Path) -> list[dict[str, Any]]:
+    """Every result, by file name; `part` says which program made it, and `make bench` leaves it out."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
-def render(
-    document: str,
-    results: Sequence[Mapping[str, Any]],
-    gpu: Sequence[Mapping[str, Any]] = (),
-    simulations: Sequence[Mapping[str, Any]] = (),
-) -> str:
+def render(document: str, results: Results) -> str:
     """`document` with its marked sections made anew; a document without markers comes back as it was."""
+    main, gpu = _of(results, "main"), [one for one in results if "part" in one and one["part"] not in _OTHERS]
     sections = {
+        "summary": "\n".join(f"{table(result)}\n\n{setting(result)}\n" for result in main),
+        "results": "\n".join(detail(result) for result in main),
         "gpu": gpu_report.section(gpu),
-        "simulation": simulation_report.section(simulations),
-        "summary": "\n".join(f"{table(result)}\n\n{setting(result)}\n" for result in results),
-        "results": "\n".join(detail(result) for result in results),
+        **{part: section(_of(results, part)) for part, section in _OTHERS.items()},
     }
     return SECTION.sub(lambda match: f"{match[1]}{sections[match[2]]}{match[3]}", document)
+
+
+_OTHERS = {
+    "simulation": simulation_report.section,
+    "modes": adapters_report.modes,
+    "thousand": adapters_report.thousand,
+}
+
+
+def _of(results: Results, part: str) -> list[Mapping[str, Any]]:
+    return [result for result in results if result.get("part", "main") == part]
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -141,13 +135,13 @@ def _ratio(values: Mapping[str, float] | None) -> str:
 
 def main(files: Sequence[str]) -> int:
     """Rewrite `files`, by default those documents of the repository that exist."""
-    results, gpu, simulations = load(), load_gpu(), load_simulations()
-    if not results:
+    results = load()
+    if not _of(results, "main"):
         print(f"no results in {RESULTS}: run `make bench` first", file=sys.stderr)
         return 1
-    for result in [one for one in gpu if one["part"] == "kernels"]:
+    for result in _of(results, "kernels"):
         (ROOT / "docs" / gpu_report.plot_name(result)).write_text(plot(result["points"], result["titles"]))
-    for result in simulations:
+    for result in _of(results, "simulation"):
         drawn = plot(simulation_report.points(result), result["titles"])
         (ROOT / "docs" / simulation_report.plot_name(result)).write_text(drawn)
     for file in [Path(name) for name in files] or [path for path in DOCUMENTS if path.exists()]:
@@ -155,7 +149,7 @@ def main(files: Sequence[str]) -> int:
         if not SECTION.search(before):
             print(f"{file}: no <!-- bench:... --> with a name that this program knows", file=sys.stderr)
             return 1
-        file.write_text(render(before, results, gpu, simulations))
+        file.write_text(render(before, results))
     return 0
 
 

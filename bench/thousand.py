@@ -37,20 +37,22 @@ KEPT = (
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.thousand", description=__doc__)
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--host-bytes", type=int, default=HOST_BYTES, help="--lora-host-bytes (default 32 MiB)")
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "bench", help="where adapters and jobs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "thousand.json")
     options = parser.parse_args(arguments)
     folder = prepare(options.adapters, options.rows, options.dir)
-    runs: dict[str, Any] = {}
-    for name, flags in RUNS.items():
-        summary, lines = command.run(_arguments(folder, options.host_bytes, flags))
-        assert len(lines) == options.rows
-        runs[name] = {key: summary[key] for key in KEPT}
-        print(f"{name}: {summary['run_s']:.1f} s, {summary['adapter_loads']} loads", file=sys.stderr, flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
+    for _ in range(options.repeats):
+        for name, flags in RUNS.items():
+            summary, lines = command.run(_arguments(folder, options.host_bytes, flags))
+            assert len(lines) == options.rows
+            runs[name].append({key: summary[key] for key in KEPT})
+            print(f"{name}: {summary['run_s']:.1f} s, {summary['adapter_loads']} loads", file=sys.stderr, flush=True)
     result = {
-        "kind": "thousand",
+        "part": "thousand",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": " ".join(["python -m bench.thousand", *arguments]),
         "hardware": machine.hardware(),

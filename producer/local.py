@@ -27,7 +27,7 @@ from loramill.worker.shard_runner import Job, ShardRunner
 from loramill.worker.shard_runner import Shard as Shard  # the Python API's name for it
 from loramill.worker.slots import Eviction
 
-MEASURED_SHARE = 1 / 50
+MEASURED_SHARE = 1 / 40
 """Of a job's tokens: `auto` measures what passes cost if that takes no more; below, there is too little to save."""
 
 

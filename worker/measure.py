@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from loramill.worker.engine import Engine
 from loramill.worker.request import Mix, Request, Sampling, plain
 
-PROMPT_TOKENS = 512
-"""Of a timed prefill, over all of its rows."""
+PROMPT_TOKENS = 256
+"""Of a timed prefill, over as many rows as can run."""
 DECODES = 2
-_SMALL = 4  # the fraction of the rows at which decode is timed a second time
+_SMALL = 4  # the fraction of the rows at which both are timed a second time
 
 
 @dataclass(slots=True, frozen=True)
@@ -37,7 +37,8 @@ class Measured:
 
 def tokens_to_measure(max_num_seqs: int) -> int:
     """About how many tokens `measure` computes."""
-    return 3 * (PROMPT_TOKENS + (DECODES + 1) * max_num_seqs)
+    rows = max_num_seqs + max(1, max_num_seqs // _SMALL)
+    return 3 * rows * (max(1, PROMPT_TOKENS // max_num_seqs) + DECODES)
 
 
 def measure(engine: Engine, adapters: Sequence[str]) -> Measured:
@@ -67,7 +68,7 @@ def measure(engine: Engine, adapters: Sequence[str]) -> Measured:
 def _time(engine: Engine, measured: Measured, rows: int, mixes: Sequence[Mix], *, merged: bool = False) -> None:
     longest = engine.config.max_row_tokens or engine.config.base.max_model_len
     answer = min(DECODES + 1, longest - 1)
-    prompt = max(1, min(PROMPT_TOKENS // rows, longest - answer))
+    prompt = max(1, min(PROMPT_TOKENS // engine.max_num_seqs, longest - answer))
     for row in range(rows):
         # The rows of a mix side by side, as in a planned job.
         mix = mixes[row * len(mixes) // rows]

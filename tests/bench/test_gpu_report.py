@@ -53,7 +53,7 @@ KERNELS: dict[str, Any] = {
 
 def test_without_a_file_it_says_that_nothing_was_measured() -> None:
     document = "<!-- bench:gpu -->\nold\n<!-- /bench -->\n"
-    assert render(document, [], []) == f"<!-- bench:gpu -->\n{NOT_MEASURED}<!-- /bench -->\n"
+    assert render(document, []) == f"<!-- bench:gpu -->\n{NOT_MEASURED}<!-- /bench -->\n"
     assert "Not yet measured" in NOT_MEASURED
 
 

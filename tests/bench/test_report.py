@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import DOCUMENTS, load, load_gpu, load_simulations, render, table
+from bench.report import DOCUMENTS, load, render, table
 
 RESULT: dict[str, Any] = {
     "name": "small",
@@ -69,5 +69,28 @@ def test_render_replaces_only_marked_sections() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_show_the_results_that_are_kept(document: Any) -> None:
     if document.exists():
-        shown = render(document.read_text(), load(), load_gpu(), load_simulations())
+        shown = render(document.read_text(), load())
         assert shown == document.read_text(), "run `python -m bench.report`"
+
+
+def test_modes_and_thousand_say_what_was_measured() -> None:
+    shape = {
+        "job": {"rows": 8, "prompt_tokens": 3, "output_tokens": 2, "rank": 4, "parameters": 12_000_000},
+        "run_s": {"dynamic": [2.0, 3.0, 4.0], "static": [1.0, 1.0, 2.0], "auto": [1.0, 1.1, 1.2]},
+        "better": "static",
+        "auto_over_better": [1.0, 1.1, 0.6],
+        "details": {"auto": {"modes": {"static": 8}}},
+    }
+    about = {key: RESULT[key] for key in ("date", "hardware")} | {"versions": {"torch": "2"}}
+    modes = {"part": "modes", "command": "python -m bench.modes", "shapes": {"one": shape}, **about}
+    kept = {"adapter_loads": 4, "host_loads": 5, "host_hits": 6, "host_bytes_read": 7e6, "host_most_bytes": 2**20}
+    runs = [{"run_s": seconds, "host_waited_s": 0.5, **kept} for seconds in (3.0, 1.0, 2.0)]
+    job = {"rows": 20000, "adapters": 1000, "zipf": 1.0, "ranks": [4, 8]}
+    thousand = {"part": "thousand", "command": "x", "job": job, "host_bytes": 2**20, "runs": {"plan": runs}, **about}
+    document = "<!-- bench:modes -->\n<!-- /bench -->\n<!-- bench:thousand -->\n<!-- /bench -->\n"
+    made = render(document, [modes, thousand])
+    assert (
+        "| one | 3.0 s (2.0 s to 4.0 s) | 1.0 s (1.0 s to 2.0 s) | 1.1 s (1.0 s to 1.2 s) | 1.00 (0.60 to 1.10)" in made
+    )
+    assert "(static) | 8 rows static |" in made
+    assert "| plan | 2.0 (1.0 to 3.0) | 4 | 5 | 6 | 7 | 500 (500 to 500) ms | 1.0 MiB |" in made
