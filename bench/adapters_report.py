@@ -38,8 +38,8 @@ def _modes(result: Result) -> str:
             "",
             f"{job['rows']:,} rows of {job['prompt_tokens']} + {job['output_tokens']} tokens, adapters of rank "
             f"{job['rank']} on all linear projections; a random Qwen2 shape of {job['parameters'] / 1e6:.1f}M "
-            f"parameters in bfloat16. Medians (ranges) of {rounds} interleaved rounds, adapters and measuring included; "
-            f"the ratio is of each round. {_machine(result)}",
+            f"parameters in bfloat16. Medians (ranges) of {rounds} interleaved rounds, adapters and measuring "
+            f"included; the ratio is of each round. {_machine(result)}",
             "",
         ]
     )

@@ -1,9 +1,9 @@
 """`python -m bench.report [FILE ...]`: write the measured tables into the documents, from `bench/results/*.json`.
 
 A document says where with a pair of markers, `<!-- bench:NAME -->` and `<!-- /bench -->`; what lies between is
-replaced. Of `make bench`, `summary` is one table and `results` every table with its job, hardware and versions; `gpu` is what
-`make gpu` measured, or that it has not yet; `simulation`, `modes` and `thousand` are what the programs of these names
-in bench/ found. The plots of the kernels and of the simulation go beside the documents.
+replaced. Of `make bench`, `summary` is one table and `results` every table with its job, hardware and versions; `gpu`
+is what `make gpu` measured, or that it has not yet; `simulation`, `modes` and `thousand` are what the programs of
+these names in bench/ found. The plots of the kernels and of the simulation go beside the documents.
 """
 
 from __future__ import annotations

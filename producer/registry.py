@@ -74,7 +74,7 @@ def _read_folder(registry: Registry, folder: Path) -> None:
         path = folder / entry.name
         if not ADAPTER_NAME.fullmatch(entry.name):
             registry.refused[entry.name] = f"{path}: the folder's name cannot be an adapter's name"
-        elif not entry.resolve().is_relative_to(root):
-            registry.refused[entry.name] = f"{path}: the link leads out of --adapters-dir"
+        elif out := [one for one in (entry, *entry.iterdir()) if not one.resolve().is_relative_to(root)]:
+            registry.refused[entry.name] = f"{folder / out[0].relative_to(root)}: the link leads out of --adapters-dir"
         else:
             registry.add(entry.name, Entry(AdapterSpec(str(path)), source, given=False))

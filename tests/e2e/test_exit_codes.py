@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loramill.producer import local
 
@@ -219,6 +220,13 @@ def broken(desk, tmp_path, make_adapter):
             weights.rename(folder / "adapter_model.bin")
         elif how == "config":
             (folder / "adapter_config.json").unlink()
+        elif how == "nan":
+            tensors = load_file(weights)
+            next(iter(tensors.values()))[0, 0] = float("nan")
+            save_file(tensors, weights)
+        elif how == "code":
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.py"}}))
         elif how == "other base":
             config = json.loads((folder / "adapter_config.json").read_text())
             config["target_modules"] = ["c_attn"]
@@ -236,6 +244,8 @@ BROKEN = {
     "other base": "base model",
     "rank": "--max-lora-rank",
     "noop": "--allow-noop-adapters",
+    "nan": "tensors with NaN or infinite values",
+    "code": "`auto_map` is set",
 }
 
 
@@ -316,6 +326,19 @@ def test_a_link_out_of_the_adapters_folder_is_not_followed(desk, rows, tmp_path)
     assert ended.code == 4
     assert "in.jsonl:1: model: adapter `out` cannot be served: " in ended.err
     assert "leads out of --adapters-dir" in ended.err
+
+
+def test_nor_is_one_inside_an_adapter(desk, rows, tmp_path) -> None:
+    folder = tmp_path / "many"
+    (folder / "in").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(desk.adapters / "one" / name, folder / "in" / name)
+    (folder / "in" / "adapter_model.safetensors").unlink()
+    (folder / "in" / "adapter_model.safetensors").symlink_to(desk.adapters / "one" / "adapter_model.safetensors")
+    desk.write([{**row, "adapter": "in"} for row in rows(1)])
+    ended = desk.run(adapters_dir=folder)
+    assert ended.code == 4
+    assert "in/adapter_model.safetensors: the link leads out of --adapters-dir" in ended.err
 
 
 def test_noop_adapters_run_when_allowed(desk, rows, broken) -> None:
