@@ -55,7 +55,7 @@ class Residency:
         Raises:
             ValueError: it is larger than the host memory for adapters.
         """
-        if why := self._host.refuses(adapter):
+        if not adapter.static_only and (why := self._host.refuses(adapter)):
             raise ValueError(f"{adapter.path}: {why}")
         self._adapters[adapter.sha256] = adapter
         self._broken.pop(adapter.sha256, None)
@@ -111,7 +111,7 @@ class Residency:
         if step.chunks and step.weights != self._merged:
             failed |= self._set_weights(step.weights)
             self._stats.waves += 1
-            self._stats.merges += bool(step.weights)
+            self._stats.merges += bool(self._merged)
             self._stats.merge_s += time.perf_counter() - began_s
         if step.loads:
             self._wanted = dict.fromkeys(load.adapter for load in step.loads) | scheduler.wanted

@@ -50,13 +50,13 @@ class Loramill:
 
     def arguments(self, job: Job, output: Path) -> list[str]:
         """The command line after `loramill`."""
-        choose = ["--adapters-dir", str(job.adapters), "--max-loras-per-batch", str(self.slots)]
+        slots = ["--max-loras-per-batch", str(self.slots), "--lora-mode", "dynamic"]
         return [
             "run",
             *("-i", str(job.input_file(lora=self.lora))),
             *("-o", str(output)),
             *("--base-model", str(job.base)),
-            *(choose if self.lora else []),
+            *(["--adapters-dir", str(job.adapters), *slots] if self.lora else []),
             *("--dtype", "bfloat16"),
             *("--device", "cpu"),
             "--json",
