@@ -1,4 +1,4 @@
-"""The base model as the producer sees it: a folder with a tokenizer and chat templates; never its weights."""
+"""The base model as the producer sees it: a folder with tokenizer files and chat templates; never its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from loramill.producer import hub
 from loramill.producer.failures import ExitCode, Failure
-from loramill.schemas.prompt import Limits, Prompter, Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = re.compile(
@@ -51,18 +50,6 @@ def base_name_of(path_or_id: str) -> str:
     return Path(path_or_id).name or Path(path_or_id).resolve().name
 
 
-def load_prompter(base: Path, limits: Limits, *, chat_template: str | None) -> Prompter:
-    """The base's tokenizer with its chat template, or the one given. Raises Failure (INPUT)."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exceptions for files that they cannot read
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Failure(ExitCode.INPUT, f"{base}: the tokenizer cannot be loaded: {reason}") from error
-    return Prompter(tokenizer, limits, chat_template=chat_template)
-
-
 def read_template(path: Path) -> str:
     """A chat template given as a file. Raises Failure (INPUT)."""
     try:
@@ -89,10 +76,10 @@ def adapter_template(folder: Path) -> str | None:
     return None
 
 
-def tokenizer_sha256(base: Path) -> str:
-    """Identifies the base's tokenizer and chat template, by the content of their files."""
+def tokenizer_sha256(folder: Path) -> str:
+    """Identifies a base's or an adapter's tokenizer and chat template, by the content of their files."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in base.iterdir() if _TOKENIZER_FILES.fullmatch(path.name) and path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name) and path.is_file()):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

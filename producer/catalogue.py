@@ -12,11 +12,11 @@ import click
 
 from loramill.producer.base import locate_base, silence_libraries
 from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.models import fetch, open_spec
+from loramill.producer.models import Opener, fetch
 from loramill.producer.options import AdapterOptions, ModelOptions
 from loramill.producer.registry import Entry, Registry, read_registry
 from loramill.schemas.errors import did_you_mean
-from loramill.worker.model import BaseInfo, ModelError, describe_base
+from loramill.worker.model import ModelError, describe_base
 from loramill.worker.tensor_file import CONFIG, AdapterError, read, read_config
 
 _TENSOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?A(?:\.default)?(?:\.weight)?$")
@@ -52,10 +52,10 @@ class Card:
 def show(names: tuple[str, ...], *, in_full: bool = False, json: bool, **given: Any) -> ExitCode:
     """Carries out the commands: prints the adapters `names`, or all of them. Raises Failure."""
     silence_libraries()
-    registry, base, options = open_registry(**given)
+    registry, opener = open_registry(**given)
     ok = True
     for name in chosen(registry, names):
-        card = read_card(name, registry, base, options)
+        card = read_card(name, registry, opener)
         click.echo(_as_json(card) if json else _in_full(card) if in_full else _in_a_line(card))
         ok = ok and not card.problems
     return ExitCode.OK if ok else ExitCode.INPUT
@@ -63,16 +63,14 @@ def show(names: tuple[str, ...], *, in_full: bool = False, json: bool, **given: 
 
 def open_registry(
     *, base_model: str | None, max_lora_rank: int, allow_noop_adapters: bool, **sources: Any
-) -> tuple[Registry, BaseInfo | None, ModelOptions]:
-    """The adapters of `sources` (AdapterOptions' fields), and the base if there is one. Raises Failure."""
+) -> tuple[Registry, Opener | None]:
+    """The adapters of `sources` (AdapterOptions' fields), and what opens them if there is a base. Raises Failure."""
     registry = read_registry(AdapterOptions(**sources))
-    options = ModelOptions(
-        base_model=base_model or "", max_lora_rank=max_lora_rank, allow_noop_adapters=allow_noop_adapters
-    )
     if base_model is None:
-        return registry, None, options
+        return registry, None
+    options = ModelOptions(base_model=base_model, max_lora_rank=max_lora_rank, allow_noop_adapters=allow_noop_adapters)
     try:
-        return registry, describe_base(str(locate_base(base_model))), options
+        return registry, Opener(describe_base(str(locate_base(base_model))), options)
     except ModelError as error:
         raise Failure(ExitCode.INPUT, str(error)) from error
 
@@ -88,16 +86,16 @@ def chosen(registry: Registry, names: Iterable[str]) -> list[str]:
     return list(names) or known
 
 
-def read_card(name: str, registry: Registry, base: BaseInfo | None, options: ModelOptions) -> Card:
+def read_card(name: str, registry: Registry, opener: Opener | None) -> Card:
     """Everything about one adapter, what is wrong with it included."""
     entry = registry.adapters.get(name)
     if entry is None:
         return Card(name, "--adapters-dir", "", problems=[registry.refused[name]])
     card = _on_disk(name, entry)
-    if base is None or card.sha256 is None:
-        return card if base is None else replace(card, fits=False)
+    if opener is None or card.sha256 is None:
+        return card if opener is None else replace(card, fits=False)
     try:
-        opened = open_spec(entry.spec, base, options)
+        opened = opener.open(entry.spec)
     except AdapterError as error:
         return replace(card, fits=False, problems=error.problems)
     return replace(card, fits=True, static_only=list(opened.adapter.static_only))

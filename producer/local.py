@@ -66,7 +66,7 @@ class LocalEngine:
         )
         known = [*registered.values(), *(a for a in models.adapters.values() if a.sha256 in self._pinned)]
         try:
-            self._engine = Engine(config, known, models.prompter.decode)
+            self._engine = Engine(config, known)
             if options.preload:
                 self._engine.preload()
         except (ModelError, AdapterError, ValueError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 from loramill.producer.failures import Failure
 from loramill.producer.generated import Generated, Row, generated, line_of, rows_of
 from loramill.producer.options import ModelOptions
+from loramill.producer.progress import note
 from loramill.producer.reader import Input
 from loramill.producer.specs import check_name, spec_of
 from loramill.producer.validate import validate
@@ -67,6 +68,8 @@ class Mill:
         try:
             self._models = models.open_models(self._options)
             models.refuse_adapters(self._models.unusable)
+            for warning in self._models.warnings:
+                note(f"Warning: {warning}")
             self._engine = local.LocalEngine(self._models, self._options)
         except Failure as failure:
             raise ValueError(str(failure)) from failure
@@ -214,9 +217,11 @@ class Mill:
         from loramill.producer import models
 
         try:
-            opened = models.open_spec(spec_of((path, scale)), self._models.base, self._options)
+            opened = self._models.opener.open(spec_of((path, scale)))
         except models.AdapterError as error:
             raise ValueError("\n".join(f"adapter `{name}`: {why}" for why in error.problems)) from error
+        if opened.warning:
+            note(f"Warning: adapter `{name}`: {opened.warning}")
         self._models = self._models.with_adapter(name, opened)
         self._engine.register(opened.adapter)
         self._forget_retired()

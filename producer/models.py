@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.options import ModelOptions
 from loramill.producer.registry import read_registry
 from loramill.producer.specs import AdapterSpec, check_name, locate
+from loramill.producer.tokenizers import Tokenizers
 from loramill.schemas.names import Named, Names, NamesError
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.worker.adapters import Adapter, open_adapter
@@ -31,7 +32,12 @@ class Models:
     """By name: those that can be served."""
     unusable: Mapping[str, list[str]]
     """The others, and why: it matters only to rows that name one."""
+    opener: Opener
+    """Opens those that come later."""
     prompter: Prompter
+    """The base's."""
+    warnings: tuple[str, ...]
+    """What is used otherwise than it may have been meant, one line each."""
     parts: Mapping[str, str]
     """What of the base decides the answers, as a person calls it -> its content's hash."""
 
@@ -55,7 +61,8 @@ class Models:
 
     def _content(self, name: str) -> str:
         named = self.names.adapters[name]
-        return _sha256(f"{named.sha256}{named.scale}\0{named.template or ''}".encode())
+        tokenizer = bases.tokenizer_sha256(Path(self.adapters[name].path)) if named.prompter else ""
+        return _sha256(f"{named.sha256}{named.scale}\0{named.template or ''}\0{tokenizer}".encode())
 
 
 class Opened(NamedTuple):
@@ -63,6 +70,39 @@ class Opened(NamedTuple):
 
     adapter: Adapter
     named: Named
+    warning: str | None
+    """What it brings and is not used for it, if that is so."""
+
+
+class Opener:
+    """What adapters are checked against: the base, the limits, the tokenizers."""
+
+    def __init__(self, base: BaseInfo, options: ModelOptions) -> None:
+        """Raises Failure (INPUT) for a chat template that cannot be read."""
+        template = bases.read_template(options.chat_template) if options.chat_template else None
+        self.base, self.options = base, options
+        self.tokenizers = Tokenizers(Path(base.path), Limits(base.max_model_len, base.vocab_size), template)
+
+    def open(self, spec: AdapterSpec) -> Opened:
+        """Finds (downloads, if it is the hub's) and checks one adapter. Raises AdapterError with every reason."""
+        options = self.options
+        try:
+            folder, scale = fetch(spec)
+            template = bases.adapter_template(folder) or None
+        except ValueError as error:
+            raise AdapterError([str(error)]) from error
+        adapter = open_adapter(
+            str(folder), self.base, max_rank=options.max_lora_rank, allow_noop=options.allow_noop_adapters
+        )
+        alone = "; ".join(adapter.static_only) or None
+        if alone and scale != 1:
+            raise AdapterError([f"{folder}: it can only be served at scale 1, not {scale:g}: {alone}"])
+        try:
+            prompter = self.tokenizers.own(folder, adapter.vocab_size) if adapter.vocab_size else None
+            warning = None if prompter else self.tokenizers.ignored(folder)
+        except (OSError, ValueError) as error:
+            raise AdapterError([str(error)]) from error
+        return Opened(adapter, Named(adapter.sha256, scale, template, alone, prompter=prompter), warning)
 
 
 def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models:
@@ -71,25 +111,24 @@ def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models
     Adapters that cannot be served are kept as `unusable` if they were only found in --adapters-dir, or if not
     `all_or_nothing`. Raises Failure with all that is wrong with the others at once.
     """
-    template = bases.read_template(options.chat_template) if options.chat_template else None
     registry = read_registry(options)
     path = bases.locate_base(options.base_model)
     try:
         base = describe_base(str(path), options.max_model_len)
     except ModelError as error:
         raise Failure(ExitCode.INPUT, str(error)) from error
+    opener = Opener(base, options)
     opened: dict[str, Opened] = {}
     problems = {name: [why] for name, why in registry.refused.items()}
     for name, entry in registry.adapters.items():
         try:
-            opened[name] = open_spec(entry.spec, base, options)
+            opened[name] = opener.open(entry.spec)
         except AdapterError as error:
             problems[name] = error.problems
     if all_or_nothing:
         refuse_adapters({n: problems[n] for n, entry in registry.adapters.items() if entry.given and n in problems})
     known = {name: one.named for name, one in opened.items()}
     known |= {name: Named("", unusable="; ".join(all_)) for name, all_ in problems.items()}
-    limits = Limits(base.max_model_len, base.vocab_size)
     try:
         base_name = options.base_name or bases.base_name_of(options.base_model)
         names = Names(base_name, known, registry.aliases, registry.routes)
@@ -100,33 +139,21 @@ def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models
         names,
         {name: one.adapter for name, one in opened.items()},
         problems,
-        bases.load_prompter(path, limits, chat_template=template),
+        opener,
+        opener.tokenizers.base,
+        tuple(_warnings(opened)),
         {
             "base model": base.fingerprint,
             "the base's generation config": _sha256(
                 repr((sorted(base.sampling_defaults.items()), base.eos_token_ids)).encode()
             ),
             "the base's tokenizer": bases.tokenizer_sha256(path),
-            "--chat-template": _sha256((template or "").encode()),
+            "--chat-template": _sha256((opener.tokenizers.chat_template or "").encode()),
             "--max-model-len": str(base.max_model_len),
             "--dtype": options.dtype,
             "--seed": str(options.seed),
         },
     )
-
-
-def open_spec(spec: AdapterSpec, base: BaseInfo, options: ModelOptions) -> Opened:
-    """Finds (downloads, if it is the hub's) and checks one adapter. Raises AdapterError with every reason."""
-    try:
-        folder, scale = fetch(spec)
-        template = bases.adapter_template(folder) or None
-    except ValueError as error:
-        raise AdapterError([str(error)]) from error
-    adapter = open_adapter(str(folder), base, max_rank=options.max_lora_rank, allow_noop=options.allow_noop_adapters)
-    alone = "; ".join(adapter.static_only) or None
-    if alone and scale != 1:
-        raise AdapterError([f"{folder}: it can only be served at scale 1, not {scale:g}: {alone}"])
-    return Opened(adapter, Named(adapter.sha256, scale, template, alone))
 
 
 def fetch(spec: AdapterSpec) -> tuple[Path, float]:
@@ -144,6 +171,16 @@ def refuse_adapters(problems: Mapping[str, list[str]]) -> None:
     """Raises Failure (INPUT) with every problem of these adapters, if there are any."""
     if problems:
         raise Failure(ExitCode.INPUT, *(f"adapter `{name}`: {why}" for name, all_ in problems.items() for why in all_))
+
+
+def _warnings(opened: Mapping[str, Opened]) -> Iterator[str]:
+    """What is to be said of the adapters, each thing once."""
+    names: dict[str, list[str]] = {}
+    for name, one in opened.items():
+        if one.warning:
+            names.setdefault(one.warning, []).append(name)
+    for warning, (first, *others) in names.items():
+        yield f"adapter `{first}`" + (f" (and {len(others)} others)" if others else "") + f": {warning}"
 
 
 def _in_order(tables: Mapping[str, Mapping[str, object]]) -> str:

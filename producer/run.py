@@ -129,6 +129,8 @@ def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidL
         more = f" (the first {len(shown)} are shown)" if index.problem_count > len(shown) else ""
         count = f"{index.problem_count:,} of {index.total_rows:,} lines are invalid{more}"
         raise Failure(ExitCode.INPUT, *shown, f"{count}: nothing was run; --on-invalid skip runs the others")
+    for warning in models.warnings:
+        note(f"Warning: {warning}", quiet=options.quiet)
     for name, problems in models.unusable.items():
         rows = "the rows that name it are invalid" if skip else "no row names it"
         note(f"Warning: adapter `{name}` cannot be served, {rows}: {'; '.join(problems)}", quiet=options.quiet)

@@ -10,6 +10,7 @@ import numpy as np
 from loramill.schemas.errors import ErrorCode, LineError, invalid
 from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
+from loramill.schemas.prompters import Prompters
 from loramill.schemas.request import Row, parse_line
 from loramill.schemas.sampling import Params, resolve_max_tokens
 
@@ -38,11 +39,12 @@ def validate(
 ) -> Index:
     """Check every line of `source` (or its first `max_rows` rows) and index the valid ones.
 
-    names: what rows may name.  max_mix: the most adapters that one row may mix (--max-loras-per-batch).
+    prompter: the base's.  names: what rows may name.
+    max_mix: the most adapters that one row may mix (--max-loras-per-batch).
     `on_invalid` hears of every invalid line, not quite in order (duplicates come last); `on_progress` of the number of
     rows done, some times a second. Raises InputError when the input as a whole is unusable.
     """
-    scan = _Scan(source, prompter, names, max_mix, on_invalid)
+    scan = _Scan(source, Prompters(prompter, names), max_mix, on_invalid)
     batch_bytes = 0
     for number, offset, raw in source.lines():
         if max_rows is not None and scan.rows == max_rows:
@@ -67,15 +69,14 @@ class _Scan:
     def __init__(
         self,
         source: Input,
-        prompter: Prompter,
-        names: Names,
+        prompters: Prompters,
         max_mix: int,
         on_invalid: OnInvalid | None,
     ) -> None:
         self._source = source
-        self._prompter = prompter
-        self._names = names
-        self._route_fields = names.route_fields
+        self._prompters = prompters
+        self._names = prompters.names
+        self._route_fields = prompters.names.route_fields
         self._max_mix = max_mix
         self._mixes: dict[Uses, int] = {(): -1}
         self._on_invalid = on_invalid
@@ -122,7 +123,7 @@ class _Scan:
         self._mix.append(_INVALID)
         try:
             uses = self._resolve(row)
-            self._check_vocabulary(row.params)
+            self._check_vocabulary(row.params, uses)
         except LineError as error:
             error.custom_id = row.custom_id
             self._report(position, error)
@@ -133,16 +134,15 @@ class _Scan:
 
     def flush(self) -> None:
         """Tokenize the waiting rows and check their lengths."""
-        rows = [row for _, row, _ in self._waiting]
-        templates = [self._names.template(uses) for _, _, uses in self._waiting]
-        prompts = self._prompter.encode_rows(rows, templates)
+        rows, uses = [row for _, row, _ in self._waiting], [uses for _, _, uses in self._waiting]
+        prompts = self._prompters.encode_rows(rows, uses)
         for (position, row, _), prompt in zip(self._waiting, prompts, strict=True):
             try:
                 if isinstance(prompt, LineError):
                     raise prompt
                 self._prompt_tokens[position] = len(prompt)
                 self._max_tokens[position] = resolve_max_tokens(
-                    row.params, len(prompt), self._prompter.limits.max_model_len
+                    row.params, len(prompt), self._prompters.base.limits.max_model_len
                 )
             except LineError as error:
                 error.custom_id = row.custom_id
@@ -189,8 +189,8 @@ class _Scan:
             raise invalid(message, "adapters")
         return uses
 
-    def _check_vocabulary(self, params: Params) -> None:
-        size = self._prompter.limits.vocab_size
+    def _check_vocabulary(self, params: Params, uses: Uses) -> None:
+        size = self._prompters.of(uses).limits.vocab_size
         if params.stop_token_ids and max(params.stop_token_ids) >= size:
             raise invalid(f"`stop_token_ids` holds an id beyond the vocabulary of {size}", "stop_token_ids")
         if params.logit_bias and max(map(int, params.logit_bias)) >= size:

@@ -6,19 +6,16 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import click
 
-from loramill.producer.base import load_prompter, silence_libraries
+from loramill.producer.base import silence_libraries
 from loramill.producer.catalogue import chosen, open_registry
 from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.models import open_spec
-from loramill.producer.options import ModelOptions
+from loramill.producer.models import Opener
 from loramill.producer.registry import Entry
 from loramill.schemas.errors import LineError
-from loramill.schemas.prompt import Limits
 from loramill.schemas.request import Endpoint, Row
 from loramill.schemas.sampling import CompletionBody
 from loramill.worker.adapters import AdapterError
@@ -37,7 +34,7 @@ class Verdict:
     name: str
     sha256: str | None = None
     largest_logit_change: float | None = None
-    """Against the base, over the vocabulary, for the token after the prompt. None: not finite, or not computed."""
+    """Against the base, over its vocabulary, for the token after the prompt. None: not finite, or not computed."""
     greedy_changes: bool | None = None
     """Whether the likeliest token is another one."""
     peft_difference: float | None = None
@@ -51,10 +48,10 @@ class Verdict:
 def verify(names: tuple[str, ...], *, prompt: str, device: str, json: bool, **given: Any) -> ExitCode:
     """Carries out the command for `names`, or for every adapter. Raises Failure."""
     silence_libraries()
-    registry, base, options = open_registry(**given)
-    assert base is not None
+    registry, opener = open_registry(**given)
+    assert opener is not None
     picked = chosen(registry, names)
-    bench = _Bench(base, options, prompt, device)
+    bench = _Bench(opener, prompt, device)
     code = ExitCode.OK
     for name in picked:
         entry = registry.adapters.get(name)
@@ -68,8 +65,9 @@ def verify(names: tuple[str, ...], *, prompt: str, device: str, json: bool, **gi
 class _Bench:
     """The base loaded in float32, and by PEFT too where that is installed."""
 
-    def __init__(self, base: BaseInfo, options: ModelOptions, prompt: str, device: str) -> None:
-        self._base, self._options = base, options
+    def __init__(self, opener: Opener, prompt: str, device: str) -> None:
+        base = opener.base
+        self._opener = opener
         self._prompt = self._tokens(prompt)
         config = EngineConfig(
             base,
@@ -89,17 +87,18 @@ class _Bench:
     def judge(self, name: str, entry: Entry) -> Verdict:
         """Runs the prompt with the adapter."""
         try:
-            adapter = open_spec(entry.spec, self._base, self._options).adapter
+            adapter = self._opener.open(entry.spec).adapter
         except AdapterError as error:
             return Verdict(name, problems=tuple(error.problems))
         self._engine.register(adapter)
         merged = bool(adapter.static_only)
         ours = self._engine.next_logits(self._prompt, plain(adapter.sha256), merged=merged)
         self._engine.forget(adapter.sha256)
-        change = float((ours - self._of_base).abs().max())
-        theirs = self._peft.next_logits(adapter.path) if self._peft else None
+        # Tokens that training added come last: the base has nothing to hold them against.
+        change = float((ours[: len(self._of_base)] - self._of_base).abs().max())
+        theirs = self._peft.next_logits(adapter.path, adapter.vocab_size) if self._peft else None
         difference = None if theirs is None else float((ours - theirs).abs().max())
-        effective = change > 0 or (change == 0 and self._options.allow_noop_adapters)  # NaN is neither
+        effective = change > 0 or (change == 0 and self._opener.options.allow_noop_adapters)  # NaN is neither
         within = _AGREES_WITHIN * float(ours.abs().max())
         return Verdict(
             name,
@@ -111,11 +110,10 @@ class _Bench:
         )
 
     def _tokens(self, prompt: str) -> list[int]:
-        limits = Limits(self._base.max_model_len, self._base.vocab_size)
-        prompter = load_prompter(Path(self._base.path), limits, chat_template=None)
+        prompter = self._opener.tokenizers.base
         row = Row("prompt", Endpoint.COMPLETIONS, "", prompt, CompletionBody(prompt=prompt))
         (tokens,) = prompter.encode_rows([row], [None])
-        if isinstance(tokens, LineError) or len(tokens) >= limits.max_model_len:
+        if isinstance(tokens, LineError) or len(tokens) >= prompter.limits.max_model_len:
             reason = tokens.message if isinstance(tokens, LineError) else "it is longer than the model's context"
             raise Failure(ExitCode.USAGE, f"--prompt: {reason}")
         return tokens
@@ -126,25 +124,41 @@ class _Peft:
 
     def __init__(self, base: BaseInfo, prompt: list[int], device: str) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
         self._torch = torch
+        self._path, self._device = base.path, device
         self._prompt = torch.tensor([prompt], device=device)
-        # Eager attention: the only one of transformers' that honours Gemma 2's soft cap.
-        self._model = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
-        ).to(device)
+        self._model = self._load()
 
-    def next_logits(self, folder: str) -> Any:
-        """[vocab] float32 of the token after the prompt."""
+    def next_logits(self, folder: str, vocab_size: int) -> Any:
+        """[vocab] float32 of the token after the prompt; `vocab_size` is that of an adapter that added tokens."""
         from peft import PeftModel
 
-        adapted = PeftModel.from_pretrained(self._model, folder).eval()
+        if vocab_size:  # a base of its own: what PEFT puts into a grown embedding stays there
+            base = self._load()
+            base.resize_token_embeddings(vocab_size, mean_resizing=False)
+        else:
+            base = self._model
+        adapted = PeftModel.from_pretrained(base, folder).eval()
         try:
             with self._torch.inference_mode():
                 return adapted(input_ids=self._prompt).logits[0, -1].float()
         finally:
-            self._model = adapted.unload()
+            unloaded = adapted.unload()
+            if not vocab_size:
+                self._model = unloaded
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        # Eager attention: the only one of transformers' that honours Gemma 2's soft cap.
+        return AutoModelForCausalLM.from_pretrained(
+            self._path,
+            dtype=self._torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+        ).to(self._device)
 
 
 def _finite(value: float) -> float | None:

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from math import isfinite
 
 from .errors import ErrorCode, LineError, did_you_mean, invalid
+from .prompt import Prompter
 from .request import RESERVED_FIELDS, Row
 
 ANY = "*"
@@ -40,6 +41,8 @@ class Named:
     """Why it can only be used by itself and at strength 1, if that is so."""
     unusable: str | None = None
     """Why it cannot be served, if that is so: a row that comes to it is invalid."""
+    prompter: Prompter | None = None
+    """Of the tokenizer that it brings, where its training added tokens; None is the base's."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -96,6 +99,10 @@ class Names:
     def template(self, uses: Uses) -> str | None:
         """The chat template of the adapter, of a mix's first one; None is the base's."""
         return self.adapters[uses[0][0]].template if uses else None
+
+    def prompter(self, uses: Uses) -> Prompter | None:
+        """Of the adapter's own tokenizer; None is the base's. One that has its own is in no mix."""
+        return self.adapters[uses[0][0]].prompter if uses else None
 
     def _one(self, row: Row) -> Uses:
         name = self._adapter(row.model or self._routed(row), row.custom_id)

@@ -17,6 +17,7 @@ class Tokenizer(Protocol):
 
     chat_template: Any
     all_special_ids: list[int]
+    eos_token_id: int | None
 
     def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
@@ -27,7 +28,7 @@ class Tokenizer(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Limits:
-    """What the base model can take."""
+    """What the model can take."""
 
     max_model_len: int
     """Tokens of prompt and answer together."""
@@ -40,12 +41,13 @@ _SHORTENING = 4
 
 
 class Prompter:
-    """One base model's tokenizer and chat template."""
+    """A tokenizer, the base's or an adapter's own, and its chat template."""
 
     def __init__(self, tokenizer: Tokenizer, limits: Limits, *, chat_template: str | None = None) -> None:
-        """`chat_template` stands in for the base's own."""
+        """`chat_template` stands in for the tokenizer's own."""
         vocab = tokenizer.get_vocab()
         self.limits = limits
+        self.eos = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._template = chat_template
         self._special = frozenset(tokenizer.all_special_ids)
@@ -57,7 +59,7 @@ class Prompter:
     def encode_rows(self, rows: Sequence[Row], templates: Sequence[str | None]) -> list[list[int] | LineError]:
         """The prompt of each row as token ids, or what is wrong with it.
 
-        templates: for each row the chat template of its adapter; None is the base's.
+        templates: for each row the chat template of its adapter; None is the prompter's.
         """
         out: list[list[int] | LineError] = [[] for _ in rows]
         chats: list[tuple[int, str]] = []

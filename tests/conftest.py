@@ -83,6 +83,27 @@ def make_adapter(tiny_base: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def make_grown(tiny_base: Path) -> Callable[..., Path]:
+    """Makes an adapter for tiny_base whose training added `<tool>` (258) and the end of sequence `<end>` (259), and
+    padded the vocabulary to `size`; its tokenizer is beside it, with `template` if that is given."""
+
+    def make(folder: Path, *, size: int = 262, template: str | None = None, **settings: Any) -> Path:
+        from transformers import AutoTokenizer
+
+        from tests.worker.merging import save_trained
+
+        save_trained(folder, tiny_base, grow_to=size, **({"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+        tokenizer.add_tokens(["<tool>"])
+        tokenizer.add_special_tokens({"eos_token": "<end>"})
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_adapters(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the adapters `one`, `two` and `three` for tiny_base."""
     root = tmp_path_factory.mktemp("adapters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
 from loramill.worker.scheduler import Sequence
@@ -11,10 +11,9 @@ from loramill.worker.scheduler import Sequence
 class Answers:
     """The rows that are not finished, and those of their answers that are."""
 
-    def __init__(self, eos: Iterable[int], decode: Callable[[list[int]], str] | None) -> None:
-        """`eos`: the tokens that end an answer; `decode` finds stop strings."""
+    def __init__(self, eos: Iterable[int]) -> None:
+        """`eos`: the tokens that end an answer."""
         self._eos = frozenset(eos)
-        self._decode = decode
         self._rows: dict[int, list[Completion]] = {}
 
     def __contains__(self, key: object) -> bool:
@@ -28,8 +27,8 @@ class Answers:
         """
         if request.key in self._rows:
             raise ValueError(f"row {request.key} is being answered already")
-        if request.sampling.stop and self._decode is None:
-            raise ValueError("stop strings need the engine to be made with `decode`")
+        if request.sampling.stop and request.decode is None:
+            raise ValueError("a row with stop strings needs `decode`")
         self._rows[request.key] = []
 
     def drop(self, key: int) -> None:
@@ -65,14 +64,14 @@ class Answers:
         return [Result(request.key, len(request.prompt), sorted(done, key=lambda completion: completion.index))]
 
     def _ending(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
-        sampling = sequence.request.sampling
+        sampling, decode = sequence.request.sampling, sequence.request.decode
         if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             return FinishReason.STOP, None
-        if sampling.stop and self._decode is not None:
+        if sampling.stop and decode is not None:
             # Enough of the tail for the longest stop string (a token is a byte or more), and some for its first
             # token to be decoded as it is in the whole.
             window = max(len(stop.encode()) for stop in sampling.stop) + 8
-            tail = self._decode(sequence.tokens[max(len(sequence.request.prompt), len(sequence.tokens) - window) :])
+            tail = decode(sequence.tokens[max(len(sequence.request.prompt), len(sequence.tokens) - window) :])
             found = [(tail.index(stop), stop) for stop in sampling.stop if stop in tail]
             if found:
                 return FinishReason.STOP, min(found)[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -33,13 +33,8 @@ _MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
 class Engine:
     """Answers rows with one base model and many adapters, as many at once as memory and limits allow."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        adapters: Iterable[Adapter] = (),
-        decode: Callable[[list[int]], str] | None = None,
-    ) -> None:
-        """Load the base model; adapters are read when a row needs them, and `decode` finds stop strings in the text.
+    def __init__(self, config: EngineConfig, adapters: Iterable[Adapter] = ()) -> None:
+        """Load the base model; adapters are read when a row needs them.
 
         Raises:
             ModelError: the model cannot be loaded or served, or the cache memory holds no row.
@@ -68,7 +63,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._router = Router(config.max_loras_per_batch, self._model.device)
-        self._answers = Answers(config.base.eos_token_ids, decode)
+        self._answers = Answers(config.base.eos_token_ids)
         for adapter in adapters:
             self.register(adapter)
 
@@ -76,8 +71,8 @@ class Engine:
         """Queue a row.
 
         Raises:
-            ValueError: its mix cannot be had (AdapterUnavailable if it could), its prompt is empty, it is too long, or
-                its key is in use.
+            ValueError: its mix cannot be had (AdapterUnavailable if it could), its prompt is empty, it is too long, its
+                key is in use, or it has stop strings and no `decode`.
         """
         longest = len(request.prompt) + request.sampling.max_tokens
         limit = self.config.max_row_tokens or self.config.base.max_model_len

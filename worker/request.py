@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -63,6 +63,8 @@ class Request:
     """Of registered adapters."""
     merged: bool = False
     """Static: computed while the base's weights are those with the mix merged in. Dynamic otherwise."""
+    decode: Callable[[list[int]], str] | None = None
+    """Token ids to text, which finds stop strings: tokens are what the mix's vocabulary says."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -12,6 +12,7 @@ from typing import Protocol
 from loramill.schemas.errors import LineError
 from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
+from loramill.schemas.prompters import Prompters
 from loramill.schemas.request import Row, parse_line
 from loramill.schemas.response import Answer, Served, ok_line
 from loramill.schemas.sampling import resolve_params
@@ -83,6 +84,7 @@ class _InFlight:
     number: int
     row: Row
     uses: Uses
+    prompter: Prompter
     request: Request
 
 
@@ -90,6 +92,7 @@ class ShardRunner:
     """Streams any number of shards through one engine."""
 
     def __init__(self, engine: RowEngine, prompter: Prompter, clock: Callable[[], float] = time.monotonic) -> None:
+        """`prompter` is the base's."""
         self._engine = engine
         self._prompter = prompter
         self._clock = clock
@@ -163,6 +166,7 @@ class ShardRunner:
 
     def _admit(self, shard: Shard, batch: list[tuple[int, bytes]]) -> None:
         job, names = shard.job, shard.job.names
+        prompters = Prompters(self._prompter, names)
         parsed: list[tuple[int, Row, Uses]] = []
         for number, line in batch:
             try:
@@ -170,13 +174,13 @@ class ShardRunner:
                 parsed.append((number, row, names.resolve(row)))
             except LineError as error:
                 shard.finished.append(failed_row(job.id, number, error))
-        templates = [names.template(uses) for _, _, uses in parsed]
-        prompts = self._prompter.encode_rows([row for _, row, _ in parsed], templates)
+        prompts = prompters.encode_rows([row for _, row, _ in parsed], [uses for _, _, uses in parsed])
         for (number, row, uses), prompt in zip(parsed, prompts, strict=True):
             try:
                 if isinstance(prompt, LineError):
                     raise prompt
-                request = self._request(shard, row, uses, prompt)
+                prompter = prompters.of(uses)
+                request = self._request(shard, row, uses, prompt, prompter)
                 self._engine.add(request)
             except LineError as error:
                 error.custom_id = row.custom_id
@@ -185,10 +189,10 @@ class ShardRunner:
                 code = ADAPTER_UNAVAILABLE if isinstance(error, AdapterUnavailable) else ENGINE_ERROR
                 shard.finished.append(engine_failure(job.id, number, row, str(error), code=code))
             else:
-                self._in_flight[request.key] = _InFlight(shard, number, row, uses, request)
+                self._in_flight[request.key] = _InFlight(shard, number, row, uses, prompter, request)
                 shard.in_flight += 1
 
-    def _request(self, shard: Shard, row: Row, uses: Uses, prompt: list[int]) -> Request:
+    def _request(self, shard: Shard, row: Row, uses: Uses, prompt: list[int], prompter: Prompter) -> Request:
         job = shard.job
         params = resolve_params(
             row.params,
@@ -198,9 +202,12 @@ class ShardRunner:
             max_model_len=job.max_model_len,
             seed=job.seed,
         )
+        if prompter is not self._prompter and prompter.eos is not None and not params["ignore_eos"]:
+            params["stop_token_ids"] += (prompter.eos,)  # the engine knows the base's
         self._next_key += 1
         mix = job.names.by_hash(uses)
-        return Request(self._next_key, prompt, Sampling(**params), mix, merged=bool(mix) and shard.merged(mix))
+        merged = bool(mix) and shard.merged(mix)
+        return Request(self._next_key, prompt, Sampling(**params), mix, merged, prompter.decode)
 
     def _finish(self, result: Result) -> None:
         done = self._in_flight.pop(result.key)
@@ -211,7 +218,7 @@ class ShardRunner:
             shard.finished.append(failed)
             return
         answer = Answer(
-            choices=[choice(completion, self._prompter) for completion in result.completions],
+            choices=[choice(completion, done.prompter) for completion in result.completions],
             prompt_tokens=result.prompt_tokens,
             model=done.row.model or job.names.base,
             adapters=[Served(name, job.names.adapters[name].sha256, strength) for name, strength in done.uses],

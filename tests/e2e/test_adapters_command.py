@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loramill.producer.cli import main
 from loramill.worker.engine import Engine
@@ -37,7 +38,8 @@ def test_list_needs_no_base(adapters: Run, tiny_adapters: Path) -> None:
     assert (code, err, [card["name"] for card in cards]) == (0, "", ["one", "three", "two"])
     one = cards[0]
     assert (one["ranks"], one["alpha"], sorted(one["targets"])) == ([4], 64, ["down_proj", "q_proj", "v_proj"])
-    assert one["bytes"] == (tiny_adapters / "one" / "adapter_model.safetensors").stat().st_size
+    saved = load_file(tiny_adapters / "one" / "adapter_model.safetensors")
+    assert one["bytes"] == sum(tensor.nbytes for tensor in saved.values())
     assert one["modules"]["count"] == len(one["modules"]["names"]) == 6
     assert "model.layers.0.self_attn.q_proj" in one["modules"]["names"]
     assert (one["fits"], one["problems"], one["static_only"]) == (None, [], [])
@@ -74,7 +76,7 @@ def test_what_cannot_be_read_is_said_beside_the_others(adapters: Run, tiny_adapt
     assert (code, err) == (4, "")
     assert cards["one"]["problems"] == []
     assert "damaged or cut short" in cards["torn"]["problems"][0]
-    assert "adapter_config.json: No such file" in cards["bare"]["problems"][0]
+    assert "no adapter_config.json in this folder" in cards["bare"]["problems"][0]
     assert "no such folder" in cards["none"]["problems"][0]
 
 
@@ -116,14 +118,14 @@ def test_verify_holds_each_adapter_against_the_base_and_peft(adapters: Run, desk
 def test_verify_tells_when_the_engine_computes_something_else(adapters: Run, desk, monkeypatch) -> None:
     compute = Engine.next_logits
 
-    def wrong(self: Engine, prompt: list[int], mix=(), merged: bool = False) -> torch.Tensor:
-        logits = compute(self, prompt, mix, merged)
+    def wrong(self: Engine, prompt: list[int], mix=(), *, merged: bool = False) -> torch.Tensor:
+        logits = compute(self, prompt, mix, merged=merged)
         return logits + (torch.arange(len(logits)) == 7) if mix else logits
 
     monkeypatch.setattr(Engine, "next_logits", wrong)
     code, out, _ = adapters("verify", "one", "--adapters-dir", desk.adapters, "--base-model", desk.base)
     assert code == 3
     assert out.endswith("DISAGREES\n")
-    monkeypatch.setattr(Engine, "next_logits", lambda self, prompt, mix=(), merged=False: compute(self, prompt))
+    monkeypatch.setattr(Engine, "next_logits", lambda self, prompt, mix=(), *, merged=False: compute(self, prompt))
     code, out, _ = adapters("verify", "one", "--adapters-dir", desk.adapters, "--base-model", desk.base, "--json")
     assert (code, json.loads(out)["agrees"], json.loads(out)["largest_logit_change"]) == (3, False, 0.0)

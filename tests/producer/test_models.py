@@ -58,6 +58,18 @@ def test_an_adapters_own_template_comes_with_its_name(models, make_adapter, tmp_
     assert changed(opened, models(adapters={"own": spec_of(own)}), "own") == {"adapter `own`"}
 
 
+def test_a_jobs_identity_has_the_tokenizer_of_an_adapter_that_is_used(
+    models, make_grown, make_adapter, tmp_path: Path
+) -> None:
+    folders = {"grown": make_grown(tmp_path / "grown"), "plain": make_adapter(tmp_path / "plain")}
+    given = {name: spec_of(folder) for name, folder in folders.items()}
+    before = models(adapters=given).identity(given)
+    for folder in folders.values():
+        (folder / "special_tokens_map.json").write_text("{}")
+    after = models(adapters=given).identity(given)
+    assert {part for part in before if before[part] != after[part]} == {"adapter `grown`"}
+
+
 def test_what_cannot_be_served_is_kept_by_name_or_ends_it_all(models, tiny_base: Path, tmp_path: Path) -> None:
     bad = {"x": spec_of(tmp_path / "nowhere"), "y": spec_of(f"{tmp_path}*0")}
     opened = models(adapters=bad)

@@ -122,12 +122,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
 
 @pytest.fixture(scope="session")
 def make_engine(family: Callable[[str], Family]) -> Callable[..., Engine]:
-    """An engine on a family in float32; keyword arguments are EngineConfig's, `decode` the engine's."""
+    """An engine on a family in float32; keyword arguments are EngineConfig's."""
 
-    def make(name: str = "llama", decode: Callable[[list[int]], str] | None = None, **options: Any) -> Engine:
+    def make(name: str = "llama", **options: Any) -> Engine:
         one = family(name)
         config = EngineConfig(one.base, **{"dtype": "float32", "device": "cpu", **options})
-        return Engine(config, one.adapters, decode)
+        return Engine(config, one.adapters)
 
     return make
 

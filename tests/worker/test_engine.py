@@ -78,7 +78,7 @@ def test_endings(make_engine: Make, answer: Answer) -> None:
     text = as_text(free.token_ids)
     stop = text[3:5]
     sampling = Sampling(12, temperature=0, ignore_eos=True, stop=("never", stop))
-    by_text = answer(make_engine(decode=as_text), [Request(0, prompt, sampling)])[0].completions[0]
+    by_text = answer(make_engine(), [Request(0, prompt, sampling, decode=as_text)])[0].completions[0]
     assert (by_text.finish_reason, by_text.stop_string) == (FinishReason.STOP, stop)
     assert as_text(by_text.token_ids) == text[: text.index(stop) + 2]
 
