@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -57,6 +57,10 @@ class JobPlan:
     def decisions(self) -> dict[str, str]:
         """For a journal: the mode of each mix."""
         return {_key(self.mixes[number]): one.mode.value for number, one in self.plan.decisions.items()}
+
+    def predicted_as(self, other: JobPlan) -> JobPlan:
+        """The same plan with another's prediction."""
+        return replace(self, plan=replace(self.plan, predicted=other.plan.predicted))
 
     def summary(self) -> list[str]:
         """What was decided and why, in a line or few; nothing where no adapter is asked for."""

@@ -79,28 +79,25 @@ class LocalEngine:
         self._engine.close()
 
     def plan(
-        self, index: Index, left: NDArray[np.int64], names: Names, decided: Mapping[str, str] | None = None
+        self,
+        index: Index,
+        left: NDArray[np.int64],
+        names: Names,
+        decided: Mapping[str, str] | None = None,
+        *,
+        timed: bool = False,
     ) -> JobPlan:
         """How to run the rows at positions `left` of the index; `names` is what they were checked with, `decided` what
-        an earlier run of the same job decided. For `auto` a few passes may be timed, if no rows are running.
+        an earlier run of the same job decided. For `auto` a few passes may be timed, if no rows are running; with
+        `timed` they always are, for the predicted seconds.
 
         Raises Failure (USAGE) for a mix that the slots cannot hold.
         """
         draft, decided = Draft(index, left, names, self._facts), decided or {}
-        try:
-            return draft.plan(
-                slots=self._options.max_loras_per_batch,
-                max_num_seqs=self._engine.max_num_seqs,
-                max_num_batched_tokens=self._options.max_num_batched_tokens,
-                max_loaded_loras=self._options.max_loaded_loras,
-                pinned=self._pinned,
-                mode=self._options.lora_mode,
-                order=self._options.order,
-                costs=self._measured(draft, decided),
-                decided=decided,
-            )
-        except ValueError as error:
-            raise Failure(ExitCode.USAGE, str(error)) from error
+        plan = self._planned(draft, self._measured(draft) if self._worth_measuring(draft, decided) else None, decided)
+        if timed and plan.plan.predicted.seconds is None:
+            plan = plan.predicted_as(self._planned(draft, self._measured(draft), plan.decisions))
+        return plan
 
     def run(self, shard: Shard, *, stopping: Callable[[], bool], on_step: Callable[[], None]) -> None:
         """Answers the rows of `shard`; once `stopping`, only those that are in flight."""
@@ -155,11 +152,30 @@ class LocalEngine:
         rows = _read(source, index, left[plan.order])
         return Shard(job, rows, emit, merged=merged.__contains__, forecast=forecast)
 
-    def _measured(self, draft: Draft, decided: Mapping[str, str]) -> Costs | None:
-        """What passes cost, if that is worth knowing."""
-        worth = draft.total_tokens * MEASURED_SHARE >= tokens_to_measure(self._engine.max_num_seqs)
-        if self._options.lora_mode != "auto" or not draft.undecided(decided) or not (worth or self._costs):
-            return None
+    def _planned(self, draft: Draft, costs: Costs | None, decided: Mapping[str, str]) -> JobPlan:
+        try:
+            return draft.plan(
+                slots=self._options.max_loras_per_batch,
+                max_num_seqs=self._engine.max_num_seqs,
+                max_num_batched_tokens=self._options.max_num_batched_tokens,
+                max_loaded_loras=self._options.max_loaded_loras,
+                pinned=self._pinned,
+                mode=self._options.lora_mode,
+                order=self._options.order,
+                costs=costs,
+                decided=decided,
+            )
+        except ValueError as error:
+            raise Failure(ExitCode.USAGE, str(error)) from error
+
+    def _worth_measuring(self, draft: Draft, decided: Mapping[str, str]) -> bool:
+        if self._options.lora_mode != "auto" or not draft.undecided(decided):
+            return False
+        share = draft.total_tokens * MEASURED_SHARE
+        return self._costs is not None or share >= tokens_to_measure(self._engine.max_num_seqs)
+
+    def _measured(self, draft: Draft) -> Costs | None:
+        """What passes cost here; None while rows are running and nobody measured before."""
         if self._costs is None and not self._engine.has_work:
             measured = measure(self._engine, draft.by_use)
             timings = [Timing(one.seconds, one.tokens, one.rows, one.adapters) for one in measured.passes]

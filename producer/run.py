@@ -25,58 +25,13 @@ from loramill.producer.options import RunOptions
 from loramill.producer.outputs import check_outputs, publish, refuse_existing
 from loramill.producer.progress import Moment, Progress, counter, note
 from loramill.producer.reader import Input, InputError, open_input
+from loramill.producer.summary import Summary
 from loramill.producer.validate import validate
 from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
 from loramill.store.journal import DoneRow, Journal, remove_journal
 
 _COMMIT_ROWS = 4096
 _RESUMES = "what is committed stays, and the same command resumes"
-
-
-@dataclass(slots=True)
-class Summary:
-    """What a run came to. Rows and tokens are the whole job's; seconds, rates and adapter counts this process's."""
-
-    rows: int = 0
-    failed: int = 0
-    invalid: int = 0
-    """Among the failed: lines that were skipped as invalid."""
-    resumed: int = 0
-    """Rows that an earlier process finished."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    load_s: float = 0.0
-    """Loading the weights."""
-    run_s: float = 0.0
-    """First forward pass to last row done, adapter loading included."""
-    total_s: float = 0.0
-    prompt_tokens_per_s: float = 0.0
-    completion_tokens_per_s: float = 0.0
-    adapter_loads: int = 0
-    """Into device slots."""
-    adapter_evictions: int = 0
-    adapter_load_s: float = 0.0
-    """How long passes waited for that."""
-    merges: int = 0
-    merge_s: float = 0.0
-    waves: int = 0
-    host_loads: int = 0
-    """From disk into host memory."""
-    host_hits: int = 0
-    """Adapters that were in host memory when a slot asked for one."""
-    host_evictions: int = 0
-    host_bytes_read: int = 0
-    host_read_s: float = 0.0
-    """Most of it beside the computing."""
-    host_waited_s: float = 0.0
-    """How long slots waited for it."""
-    host_most_bytes: int = 0
-    """The most held at once."""
-    adapters_dynamic: int = 0
-    """Adapters and mixes served side by side, and those merged one after another."""
-    adapters_static: int = 0
-    output: str = ""
-    errors: str | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -211,17 +166,9 @@ def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
     shard = engine.shard(job.source, index, left, plan, names=job.models.names, job_id=job.id, emit=commit)
     with closing(engine), Progress(summary.rows, quiet=quiet) as progress, interrupts.draining():
         engine.run(shard, stopping=lambda: interrupts.requested, on_step=show)
-    stats = engine.stats
     summary.load_s = run_started_s - load_started_s
     summary.run_s = time.monotonic() - run_started_s
-    summary.prompt_tokens_per_s = stats.prompt_tokens / summary.run_s
-    summary.completion_tokens_per_s = stats.completion_tokens / summary.run_s
-    for name in ("adapter_loads", "adapter_evictions", "adapter_load_s", "merges", "merge_s", "waves"):
-        setattr(summary, name, getattr(stats, name))
-    for name, value in asdict(stats.host).items():
-        setattr(summary, f"host_{name}", value)
-    modes = list(plan.decisions.values())
-    summary.adapters_dynamic, summary.adapters_static = modes.count("dynamic"), modes.count("static")
+    summary.count(asdict(engine.stats), list(plan.decisions.values()))
 
 
 def _load(models: Models, options: RunOptions, index: Index, left: NDArray[np.int64]) -> LocalEngine:
@@ -239,7 +186,7 @@ def _explain(options: RunOptions, models: Models, source: Input, index: Index) -
     if not len(left):
         raise Failure(ExitCode.INPUT, "there is no row to run")
     with closing(_load(models, options, index, left)) as engine:
-        plan = engine.plan(index, left, models.names, decided).describe()
+        plan = engine.plan(index, left, models.names, decided, timed=True).describe()
     print(json.dumps(plan) if options.json else explain(plan), flush=True)
     return ExitCode.OK
 
@@ -254,10 +201,7 @@ def _report(summary: Summary, options: RunOptions) -> ExitCode:
     done = f"{summary.rows:,} rows in {summary.total_s:,.1f} s -> {summary.output}; {summary.failed:,} failed{where}"
     note(done, quiet=options.quiet)
     if options.json:
-        numbers = {
-            name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(summary).items()
-        }
-        print(json.dumps(numbers), flush=True)
+        print(summary.as_json(), flush=True)
     return ExitCode.ROWS_FAILED if summary.failed and not options.allow_failures else ExitCode.OK
 
 

@@ -99,7 +99,11 @@ def open_adapter(path: str, base: BaseInfo, *, max_rank: int, allow_noop: bool =
     if files.others:
         named = [f"{name} ({dtype})" for name, dtype in files.others.items()]
         problems.append(f"tensors that are not floating point: {some(named)}")
-    strays = found.strays + [name for name, own in found.copies if not _repeats(files.tensors[name], own, base)]
+    for one, other in found.equal:
+        if not torch.equal(files.tensors[one], files.tensors[other]):
+            problems.append(f"{one} and {other} mean one and the same, and differ")
+    grown = found.vocab_size
+    strays = found.strays + [name for name, own in found.copies if not _repeats(files.tensors[name], own, base, grown)]
     if strays:
         problems.append(f"tensors that have no place in this base model ({base.model_type}): {some(strays)}")
     rank = max((target.rank for target in {**found.targets, **found.embeddings}.values()), default=0)
@@ -158,10 +162,17 @@ def _pairs(target: Target, tensors: Mapping[str, Tensor]) -> list[LowRank]:
     ]
 
 
-def _repeats(tensor: Tensor, parameter: str, base: BaseInfo) -> bool:
-    """Whether a tensor only repeats the base's own: PEFT saves an adapted head's or embedding's weight beside it."""
+def _repeats(tensor: Tensor, parameter: str, base: BaseInfo, grown: int = 0) -> bool:
+    """Whether a tensor only repeats the base's own: PEFT saves an adapted head's or embedding's weight beside it.
+
+    Of one that grew to `grown` rows before the training, the base's rows are held against it.
+    """
     own = base_tensor(base, parameter)
-    return own is not None and tensor.shape == own.shape and bool(torch.equal(tensor.to(own.dtype), own))
+    if own is None:
+        return False
+    if grown and tensor.shape == (grown, *own.shape[1:]):
+        tensor = tensor[: own.shape[0]]
+    return tensor.shape == own.shape and bool(torch.equal(tensor.to(own.dtype), own))
 
 
 def _values(files: TensorFiles, found: Fit) -> Iterator[str]:

@@ -31,6 +31,8 @@ class Claims:
         """Tensors whose name means nothing here."""
         self.twice: list[str] = []
         """Problems: two names of one meaning."""
+        self.equal: list[tuple[str, str]] = []
+        """Tensors that mean one and the same and must be: PEFT saves a grown embedding or head under two names."""
         tied = {base.embedding, base.head} if settings.ensure_weight_tying and base.tied_head else set()
         self._tied = {module for module in tied if module}
         for name in shapes:
@@ -108,7 +110,9 @@ class Claims:
             self._hold(self.token_rows, str(module), name)
         elif kind in _WHOLE and f"{module}.{_WHOLE[kind]}" in self.base.parameters:
             at = (f"{module}.{_WHOLE[kind]}", kind)
-            if at in self.whole:
+            if at in self.whole and kind is Kind.WEIGHT and module in self.ends:
+                self.equal.append((self.whole[at][1], name))
+            elif at in self.whole:
                 self.twice.append(f"{self.whole[at][1]} and {name} mean one and the same")
             self.whole[at] = (path, name)
         else:

@@ -31,6 +31,8 @@ class Fit:
     """Rows of an embedding or head trained by themselves: module path -> tensor, token ids."""
     vocab_size: int = 0
     """Rows of embedding and head where training added tokens, otherwise 0."""
+    equal: list[tuple[str, str]] = field(default_factory=list)
+    """Tensors that must be equal: two names of one meaning."""
     copies: list[tuple[str, str]] = field(default_factory=list)
     """Tensors that have a place only if they repeat the base's own, with its name."""
     strays: list[str] = field(default_factory=list)
@@ -50,7 +52,7 @@ class Fit:
 def fit(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings, base: BaseInfo) -> Fit:
     """Give every tensor its place."""
     claims = Claims(shapes, settings, base)
-    found = Fit(strays=claims.strays, problems=claims.twice)
+    found = Fit(strays=claims.strays, problems=claims.twice, equal=claims.equal)
     _measure_vocabulary(claims, found)
     _place_pairs(claims, found)
     _place_whole(claims, found)
@@ -91,7 +93,7 @@ def _measure_vocabulary(claims: Claims, found: Fit) -> None:
             shape = claims.shapes.get(name, own)
             if len(shape) == 2 and shape[1] == own[1] and shape[0] != own[0]:
                 sizes[module] = shape[0]
-                found.replaced[f"{module}.weight"] = name
+                found.replaced.setdefault(f"{module}.weight", name)  # what was trained, rather than what it was before
     if not sizes:
         return
     if base.tied_head and base.head and base.embedding in sizes:

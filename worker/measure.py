@@ -44,23 +44,26 @@ def tokens_to_measure(max_num_seqs: int) -> int:
 def measure(engine: Engine, adapters: Sequence[str]) -> Measured:
     """Time prefill and decode at two sizes without adapters, with one and with as many as there are slots, and a merge.
 
-    `adapters` (content hashes, at least one) are those of the job that can be served both ways, the most used first.
-    The engine must be idle; its counters start anew.
+    `adapters` (content hashes) are those of the job that can be served both ways, the most used first. The engine must
+    be idle; its counters start anew.
     """
     measured = Measured()
     most, few = engine.max_num_seqs, max(1, engine.max_num_seqs // _SMALL)
     slots = engine.config.max_loras_per_batch - len(engine.config.pinned.difference(adapters))
-    one, many = [plain(adapters[0])], [plain(adapter) for adapter in adapters[:slots]]
+    many = [plain(adapter) for adapter in adapters[:slots]]
+    one = many[:1]
     _time(engine, Measured(), few, [()])  # the first passes fault memory in
-    sizes: list[tuple[int, Sequence[Mix]]] = [(most, [()]), (few, [()]), (most, one), (few, one)]
-    for rows, mixes in sizes + [(most, many)] * (len(many) > 1):
+    sizes: list[tuple[int, Sequence[Mix]]] = [(most, [()]), (few, [()])]
+    sizes += [(most, one), (few, one)] * bool(one) + [(most, many)] * (len(many) > 1)
+    for rows, mixes in sizes:
         _time(engine, measured, rows, mixes)
     stats = engine.stats
     measured.load_s = (stats.adapter_load_s - stats.host.waited_s) / max(1, stats.adapter_loads)
     measured.read_s = stats.host.read_s / max(1, stats.host.loads)
-    _time(engine, Measured(), 1, one, merged=True)
-    measured.merge_s = engine.stats.merge_s
-    _time(engine, Measured(), 1, [()])  # the base's own weights again
+    if one:
+        _time(engine, Measured(), 1, one, merged=True)
+        measured.merge_s = engine.stats.merge_s
+        _time(engine, Measured(), 1, [()])  # the base's own weights again
     engine.reset_stats()
     return measured
 

@@ -15,7 +15,11 @@ from loramill.worker.slots import Load, Slots
 GROWTH_TOKENS = 256
 """How far beyond its prompt a row reserves cache at once; longer answers grow into larger rows as they come."""
 PATIENCE = 4096
-"""Passes that the first waiting row may be passed over, before no other row is admitted until it has had its turn."""
+"""Passes that the first waiting row may be passed over for want of slots, before no other row is admitted until it has
+had its turn. Much: its slots come free with the longest answer, and stopping sooner only empties the batch."""
+WEIGHTS_PATIENCE = 64
+"""The same for want of other weights, which never come by themselves while rows are admitted that use the present ones.
+A planned job has those that share weights together, and never waits for this; rows that come as they may do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -142,7 +146,7 @@ class Scheduler:
         """Start waiting rows: what to load for them; they are added to `chunks`."""
         loads: list[Load] = []
         self._choose_weights()
-        impatient = self._passed_over > PATIENCE
+        impatient = self._impatient
         budget = self._start(budget, chunks, loads, () if impatient else self.wanted, only_first=impatient)
         if not self.running:
             # Mixes can hold each other up, each with a part of what the others need.
@@ -187,9 +191,15 @@ class Scheduler:
         if self.waiting[0] is not self._first:
             self._first, self._passed_over = self.waiting[0], 0
         self._passed_over += 1
-        idle = not self.running
-        if idle and (self._passed_over > PATIENCE or all(s.weights != self.weights for s in self.waiting)):
+        if not self.running and (self._impatient or all(s.weights != self.weights for s in self.waiting)):
             self.weights = self.waiting[0].weights
+
+    @property
+    def _impatient(self) -> bool:
+        """Whether the first waiting row has been passed over for long enough."""
+        if not self.waiting:
+            return False
+        return self._passed_over > (PATIENCE if self.waiting[0].weights == self.weights else WEIGHTS_PATIENCE)
 
     def _take_slots(self, sequence: Sequence, wanted: Container[str], loads: list[Load]) -> bool:
         """Give a sequence the slots of its mix, adding to `loads`; False when it can have none now."""

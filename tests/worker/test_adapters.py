@@ -266,10 +266,22 @@ def test_whole_modules_that_do_not_fit(family: Callable[[str], Any], tmp_path: P
 
 
 def test_one_parameter_saved_twice_is_refused(family: Callable[[str], Any], tmp_path: Path) -> None:
-    """PEFT does that itself when a whole module's bias is also one of `bias`."""
+    """PEFT does that itself when a whole module's bias is also one of `bias`, and then loads another than it saved."""
     one = family("qwen2")
     saved = save_trained(tmp_path / "a", one.folder, target_modules=["q_proj"], modules_to_save=["k_proj"], bias="all")
     assert "k_proj.modules_to_save.bias mean one and the same" in problems(saved, one)
+
+
+def test_a_grown_end_saved_twice_must_be_the_same_twice(family: Callable[[str], Any], tmp_path: Path) -> None:
+    one = family("llama")
+    ends = ["embed_tokens", "lm_head"]
+    saved = save_trained(tmp_path / "a", one.folder, grow_to=101, target_modules=["q_proj"], modules_to_save=ends)
+    assert open_adapter(str(saved), one.base, max_rank=64).vocab_size == 101
+    change_tensors(saved, lambda t: t["base_model.model.lm_head.modules_to_save.weight"].add_(1))
+    assert "lm_head.weight mean one and the same, and differ" in problems(saved, one)
+    change_tensors(saved, lambda t: t["base_model.model.lm_head.modules_to_save.weight"].sub_(1))
+    change_tensors(saved, lambda t: t["base_model.model.lm_head.original_module.weight"][:5].add_(1))
+    assert "have no place in this base model (llama): base_model.model.lm_head.original" in problems(saved, one)
 
 
 def test_tensors_that_are_no_floating_point_numbers(family: Callable[[str], Any], copy: Path) -> None:

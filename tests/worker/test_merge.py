@@ -130,8 +130,9 @@ def test_what_can_only_be_merged(
         {},
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
         {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "lora_bias": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
     ],
-    ids=["q", "ends", "bias"],
+    ids=["q", "ends", "bias", "saved"],
 )
 def test_a_vocabulary_that_grew(
     name: str, config: dict[str, Any], base_of: Callable[[str], Path], tmp_path: Path

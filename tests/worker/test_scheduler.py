@@ -126,6 +126,7 @@ def test_the_weights_change_once_for_each_merged_mix_and_only_when_nothing_runs(
 def test_a_row_is_not_passed_over_for_ever(late: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others keep coming that could run before it."""
     monkeypatch.setattr(scheduler_module, "PATIENCE", 10)
+    monkeypatch.setattr(scheduler_module, "WEIGHTS_PATIENCE", 5)
     plan = scheduler(slots=2)
     plan.add(sequence(0, 2, 3, "b"))
     plan.add(late)
@@ -172,6 +173,7 @@ def test_every_mix_is_computed_whole_merged_or_not(
     added = [mixed(k, prompt, answer, mix, merged=merged) for k, (prompt, answer, mix, merged) in enumerate(wanted)]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scheduler_module, "PATIENCE", patience)
+        patched.setattr(scheduler_module, "WEIGHTS_PATIENCE", min(patience, 64))
         for one in added:
             plan.add(one)
         run(plan)
