@@ -179,7 +179,8 @@ class LocalEngine:
         if self._costs is None and not self._engine.has_work:
             measured = measure(self._engine, draft.by_use)
             timings = [Timing(one.seconds, one.tokens, one.rows, one.adapters) for one in measured.passes]
-            self._costs = fit(timings, merge_s=measured.merge_s, load_s=measured.load_s, read_s=measured.read_s)
+            if any(one.rows for one in timings):  # rows of a single token never decode
+                self._costs = fit(timings, merge_s=measured.merge_s, load_s=measured.load_s, read_s=measured.read_s)
         return self._costs
 
 

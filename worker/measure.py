@@ -77,10 +77,10 @@ def _time(engine: Engine, measured: Measured, rows: int, mixes: Sequence[Mix], *
         mix = mixes[row * len(mixes) // rows]
         engine.add(Request(-1 - row, [0] * prompt, Sampling(answer, temperature=0, ignore_eos=True), mix, merged))
     while engine.has_work:
-        before, loading_s = engine.stats.prompt_tokens, engine.stats.adapter_load_s
+        running, before, loading_s = engine.num_running, engine.stats.prompt_tokens, engine.stats.adapter_load_s
         began_s = time.perf_counter()
         engine.step()
         seconds = time.perf_counter() - began_s - (engine.stats.adapter_load_s - loading_s)
         tokens = engine.stats.prompt_tokens - before
-        if tokens == rows * prompt or not tokens:  # neither a part of the prompts nor both kinds at once
-            measured.passes.append(PassTime(seconds, tokens, 0 if tokens else rows, len(set(mixes) - {()})))
+        if not tokens or not running:  # one kind alone: in a small cache not all rows run at once
+            measured.passes.append(PassTime(seconds, tokens, 0 if tokens else running, len(set(mixes) - {()})))

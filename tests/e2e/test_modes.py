@@ -88,6 +88,23 @@ def test_it_measures_by_itself_where_the_work_is_worth_it(desk, rows, monkeypatc
     assert ended.summary["rows"] == 8
 
 
+@pytest.mark.parametrize("flags", [("--kv-cache-memory", "40kB"), ("--max-num-batched-tokens", "9")])
+def test_it_measures_in_little_room_too(desk, rows, monkeypatch, flags: tuple[str, ...]) -> None:
+    desk.write(rows(8))
+    monkeypatch.setattr(local, "MEASURED_SHARE", 1e9)
+    assert desk.run("--json", "--max-num-seqs", "6", *flags).code == 0
+    answered = answers(desk)
+    assert desk.run("--json", "--overwrite", "--lora-mode", "dynamic").code == 0
+    assert answers(desk) == answered
+
+
+def test_rows_of_one_token_are_not_worth_measuring(desk, rows, monkeypatch) -> None:
+    monkeypatch.setattr(local, "MEASURED_SHARE", 1e9)
+    desk.write({"id": row["id"], "adapter": row["adapter"], "prompt": [65], "max_tokens": 1} for row in rows(8))
+    assert desk.run("--json").code == 0
+    assert desk.run("--json", "--explain").code == 0
+
+
 def test_a_resumed_job_decides_alike(desk, rows, costs, monkeypatch) -> None:
     costs(STATIC_PAYS)
     desk.write(rows(40))
