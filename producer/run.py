@@ -52,7 +52,8 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
     silence_libraries()
     folder = options.output.parent
     with Interrupts() as interrupts, _as_failures(folder):
-        check_outputs(options)
+        if not options.explain:
+            check_outputs(options)
         models = open_models(options, all_or_nothing=options.on_invalid == "fail")
         with open_input(options.input, str(folder)) as source, closing(InvalidLines(folder)) as invalid:
             interrupts.check()
