@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,8 +17,7 @@ from loramill.producer.registry import Entry, Registry, read_registry
 from loramill.schemas.errors import did_you_mean
 from loramill.worker.model import ModelError, describe_base
 from loramill.worker.tensor_file import CONFIG, AdapterError, read, read_config
-
-_TENSOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?A(?:\.default)?(?:\.weight)?$")
+from loramill.worker.tensor_names import Kind, parse
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,7 +38,7 @@ class Card:
     targets: list[str] | str | None = None
     """As its config has them."""
     modules: list[str] = field(default_factory=list)
-    """Those that its tensors change."""
+    """Those that it changes; without a base, those that it has low-rank pairs for."""
     static_only: list[str] = field(default_factory=list)
     """Why it can only be merged into the base; with a base alone."""
     fits: bool | None = None
@@ -98,7 +96,8 @@ def read_card(name: str, registry: Registry, opener: Opener | None) -> Card:
         opened = opener.open(entry.spec)
     except AdapterError as error:
         return replace(card, fits=False, problems=error.problems)
-    return replace(card, fits=True, static_only=list(opened.adapter.static_only))
+    changed = sorted({parameter.rpartition(".")[0] for parameter in opened.adapter.parameters})
+    return replace(card, fits=True, static_only=list(opened.adapter.static_only), modules=changed)
 
 
 def _on_disk(name: str, entry: Entry) -> Card:
@@ -115,7 +114,11 @@ def _on_disk(name: str, entry: Entry) -> Card:
         return replace(card, problems=[" ".join(str(error).split())])
     if not isinstance(config, dict):
         return replace(card, problems=[f"{folder / CONFIG}: is not a JSON object"])
-    found = {match["module"]: one.shape[0] for name, one in files.tensors.items() if (match := _TENSOR.match(name))}
+    found = {
+        parsed[0]: tensor.shape[0]
+        for name, tensor in files.tensors.items()
+        if (parsed := parse(name)) and parsed[1] in (Kind.A, Kind.EMBEDDING_A)
+    }
     return replace(
         card,
         path=str(folder),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from loramill.producer.costs import Costs
 from loramill.producer.explain import describe
 from loramill.producer.index import Index
+from loramill.producer.options import LoraMode, Order
 from loramill.producer.plan import Plan, plan
 from loramill.producer.waves import Limits, MixFacts, Mode
 from loramill.schemas.names import Names, Uses
@@ -133,8 +134,8 @@ class Draft:
         max_num_batched_tokens: int,
         max_loaded_loras: int | None,
         pinned: frozenset[str],
-        mode: str,
-        order: str,
+        mode: LoraMode,
+        order: Order,
         costs: Costs | None,
         decided: Mapping[str, str],
     ) -> JobPlan:
@@ -154,8 +155,8 @@ class Draft:
             self.answer,
             [self._facts(mix) for mix in self.mixes],
             limits,
-            mode=mode,  # type: ignore[arg-type]  # the flag's choices
-            order=order,  # type: ignore[arg-type]
+            mode=mode,
+            order=order,
             costs=costs,
             decided=known,
         )

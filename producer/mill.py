@@ -222,8 +222,9 @@ class Mill:
             raise ValueError("\n".join(f"adapter `{name}`: {why}" for why in error.problems)) from error
         if opened.warning:
             note(f"Warning: adapter `{name}`: {opened.warning}")
-        self._models = self._models.with_adapter(name, opened)
-        self._engine.register(opened.adapter)
+        changed = self._models.with_adapter(name, opened)
+        self._engine.register(opened.adapter)  # may refuse it: then the names stay as they are
+        self._models = changed
         self._forget_retired()
 
     def _in_use(self, sha256: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import click
 
@@ -15,6 +15,10 @@ from loramill.producer.specs import AdapterSpec, check_name, spec_of
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = "KMGT"
+
+
+LoraMode = Literal["auto", "dynamic", "static"]
+Order = Literal["throughput", "input"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +52,8 @@ class ModelOptions(AdapterOptions):
     pinned: Sequence[str] = ()
     """Names of adapters that are never evicted."""
     preload: bool = False
-    lora_mode: str = "auto"
-    order: str = "throughput"
+    lora_mode: LoraMode = "auto"
+    order: Order = "throughput"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int = 8192
     kv_cache_memory: int | None = None
@@ -191,9 +195,9 @@ _RUN_FLAGS = [
     _flag("--pin", dest="pinned", multiple=True, type=_CommaSeparated(), callback=_several, metavar="NAME",
           help="An adapter that is never evicted; repeat it. In the environment: comma-separated."),
     _flag("--preload", is_flag=True, help="Read adapters into host memory before the first row."),
-    _flag("--lora-mode", type=click.Choice(["auto", "dynamic", "static"]), default="auto",
+    _flag("--lora-mode", type=click.Choice(get_args(LoraMode)), default="auto",
           help="Adapters side by side, merged into the base one after another, or by measured cost for each."),
-    _flag("--order", type=click.Choice(["throughput", "input"]), default="throughput",
+    _flag("--order", type=click.Choice(get_args(Order)), default="throughput",
           help="Rows start as it is fastest, or about in input order."),
     _flag("--max-num-seqs", type=_POSITIVE, help="Sequences in flight.  [default: what the device suits]"),
     _flag("--max-num-batched-tokens", type=_POSITIVE, default=8192, help="Tokens in one forward pass."),

@@ -76,8 +76,7 @@ class Engine:
         """
         longest = len(request.prompt) + request.sampling.max_tokens
         limit = self.config.max_row_tokens or self.config.base.max_model_len
-        if why := self._residency.refuses(request.mix, merged=request.merged):
-            raise ValueError(why)
+        self._residency.check(request.mix, merged=request.merged)
         if not request.prompt or request.sampling.max_tokens < 1 or longest > limit:
             raise ValueError(f"prompt and max_tokens must be at least 1 and together at most {limit}, not {longest}")
         self._answers.open(request)

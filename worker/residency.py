@@ -68,22 +68,23 @@ class Residency:
         self.slots.drop(sha256)
         self._host.drop(sha256)
 
-    def refuses(self, mix: Mix, *, merged: bool) -> str | None:
-        """Why no row can be answered by this mix, if so.
+    def check(self, mix: Mix, *, merged: bool) -> None:
+        """That rows can be answered by this mix.
 
         Raises:
-            AdapterUnavailable: it could be, before one of its adapters was lost.
+            ValueError: they cannot.
+            AdapterUnavailable: they could, before one of its adapters was lost.
         """
         for adapter, _ in mix:
             if adapter not in self._adapters:
-                return f"adapter {adapter} is not registered with this engine"
+                raise ValueError(f"adapter {adapter} is not registered with this engine")
             if adapter in self._broken:
                 raise AdapterUnavailable(self._broken[adapter])
             if not merged and (reasons := self._adapters[adapter].static_only):
-                return f"adapter {adapter} can only be served merged: {', '.join(reasons)}"
+                raise ValueError(f"adapter {adapter} can only be served merged: {', '.join(reasons)}")
         if not merged and not self.slots.fits([adapter for adapter, _ in mix]):
-            return f"a mix of {len(mix)} adapters does not fit the {self.slots.capacity} slots beside those pinned"
-        return None
+            slots = f"the {self.slots.capacity} slots beside those pinned"
+            raise ValueError(f"a mix of {len(mix)} adapters does not fit {slots}")
 
     def watch(self, forecast: Forecast) -> None:
         """Take account of the rows that it says will come."""
@@ -165,7 +166,7 @@ class Residency:
             # Rows of one adapter can be in many runs: look only some way ahead.
             some = islice(forecast.coming(), 4 * self.slots.capacity)
             coming |= dict.fromkeys(a for a in some if self.slots.slot(a) is None)
-        next_wave = islice((a for a in coming if a in self._adapters), self.slots.capacity)
+        next_wave = islice((a for a in coming if a in self._adapters and a not in self._broken), self.slots.capacity)
         self._host.prefetch(self._adapters[a] for a in next_wave)
 
     def _next_row(self, adapter: str) -> float:

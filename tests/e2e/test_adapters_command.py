@@ -65,6 +65,16 @@ def test_inspect_with_a_base_says_the_hash_that_results_name(
     assert "rank 65 is over the limit of 64" in out
 
 
+def test_inspect_names_every_module_that_changes(adapters: Run, desk, make_adapter, tmp_path: Path) -> None:
+    saved = make_adapter(tmp_path / "saved", modules_to_save=["norm"])
+    code, out, _ = adapters("inspect", "saved", "--adapter", f"saved={saved}", "--base-model", desk.base, "--json")
+    card = json.loads(out)
+    assert code == 0
+    assert card["static_only"][0].startswith("modules_to_save: model.layers.0.input_layernorm")
+    assert card["modules"]["count"] == len(card["modules"]["names"]) == 6 + 5  # PEFT saves all whose names end so
+    assert {"model.norm", "model.layers.0.self_attn.q_proj"} <= set(card["modules"]["names"])
+
+
 def test_what_cannot_be_read_is_said_beside_the_others(adapters: Run, tiny_adapters: Path, tmp_path: Path) -> None:
     torn = shutil.copytree(tiny_adapters / "one", tmp_path / "torn")
     (torn / "adapter_model.safetensors").write_bytes(b"12345678900")

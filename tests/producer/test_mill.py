@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,19 @@ sum = "three"
 def say(mill: Mill, adapter: str | None, count: int = 1) -> list[list[int]]:
     results = mill.generate(["same"] * count, adapter=adapter, max_tokens=6, temperature=0)
     return [result.token_ids for result in results]
+
+
+def test_a_replacement_that_host_memory_cannot_hold_leaves_the_old_one(
+    options: dict[str, Any], tiny_adapters: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    big = make_adapter(tmp_path / "big", rank=8)
+    first = {"one": tiny_adapters / "one"}
+    with Mill(options["base_model"], first, dtype="float32", device="cpu", lora_host_bytes=7000) as mill:
+        before, said = mill.adapters, say(mill, "one")
+        with pytest.raises(ValueError, match="bytes are more than the 7,000 of --lora-host-bytes"):
+            mill.replace_adapter("one", big)
+        assert mill.adapters == before
+        assert say(mill, "one") == said
 
 
 def test_adapters_come_and_go(options: dict[str, Any], tiny_adapters: Path, tmp_path: Path) -> None:
