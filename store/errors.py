@@ -6,7 +6,31 @@ from collections.abc import Sequence
 
 
 class StoreError(Exception):
-    """A file of the store cannot be read or written; the message is one sentence that names it."""
+    """The store cannot be read or written; the message is one sentence that names it."""
+
+
+class StoreUnreachable(StoreError):
+    """Nobody answers, or not in time: trying again may help."""
+
+
+class StoreFull(StoreError):
+    """No memory or no disk is left: trying again helps once there is."""
+
+
+class StoreRefused(StoreError):
+    """It answers and cannot be used: wrong password, no rights, read-only, too old, evicting, of another format."""
+
+
+class StoreLost(StoreError):
+    """It is not the store that it was: a restart came back without the data; or nothing was ever submitted there."""
+
+
+class JobNotFound(StoreError):
+    """No job has that id."""
+
+
+class Fenced(StoreError):
+    """The lease was lost, and with it the right to commit."""
 
 
 class JournalBusy(StoreError):

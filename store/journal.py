@@ -15,6 +15,7 @@ import zstandard
 
 from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
 from loramill.store.files import fsync_folder
+from loramill.store.records import DoneRow as DoneRow
 
 FORMAT = "1"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -27,17 +28,6 @@ CREATE TABLE IF NOT EXISTS rows (
     row INTEGER PRIMARY KEY, failed INTEGER NOT NULL, line BLOB NOT NULL,
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL);
 """
-
-
-@dataclass(slots=True, frozen=True)
-class DoneRow:
-    """The final result of one row: its output line (no newline), or its line for the error file if `failed`."""
-
-    row: int
-    failed: bool
-    line: bytes
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 @dataclass(slots=True, frozen=True)

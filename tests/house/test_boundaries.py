@@ -21,7 +21,7 @@ ENGINE = {"loramill.kernels", "torch", "transformers", "safetensors"}
 ALLOWED = {
     "schemas": {"pydantic", "orjson"},
     "kernels": {"torch", "triton"},
-    "store": {"loramill.schemas", "zstandard"},
+    "store": {"loramill.schemas", "fsspec", "orjson", "redis", "zstandard"},
     "worker": ENGINE,
     "worker/shard_runner.py": {"loramill.store", "loramill.schemas"},
     "worker/result_lines.py": {"loramill.store", "loramill.schemas"},
