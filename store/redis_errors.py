@@ -48,7 +48,7 @@ def said(error: redis.RedisError, url: str, about: str) -> StoreError | None:
     return kind(text.format(url=url, about=about)) if kind else None
 
 
-def translated(error: redis.RedisError | OSError, url: str) -> StoreError:
+def translated(error: redis.RedisError | OSError, url: str, *, opening: bool = False) -> StoreError:
     """Any failure as a StoreError of one line that says what to do next."""
     text, code = " ".join(str(error).split()), code_of(error)
     if isinstance(error, _AUTHENTICATION):
@@ -66,8 +66,9 @@ def translated(error: redis.RedisError | OSError, url: str) -> StoreError:
     if code in _CLUSTER:
         return StoreRefused(CLUSTER.format(url=url))
     if code in _PASSING or isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
-        plain = url.startswith("redis:") and "closed by server" in text
-        return StoreUnreachable(f"{url} does not answer: {text}{' (if it wants TLS: rediss://)' if plain else ''}")
+        dropped = opening and ("closed by server" in text or "reset by peer" in text)
+        hint = " (if it wants TLS: rediss://)" if dropped and url.startswith("redis:") else ""
+        return StoreUnreachable(f"{url} does not answer: {text}{hint}")
     return StoreRefused(f"{url} refused a command: {text}")
 
 

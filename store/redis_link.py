@@ -45,7 +45,9 @@ class Link:
                 health_check_interval=HEALTH_CHECK_S, max_connections=MAX_CONNECTIONS,
                 # The pool connects anew if an idle connection was closed. Nothing that was sent is sent again.
                 retry=Retry(NoBackoff(), 0),
-                protocol=2, driver_info=None,
+                # The name is for CLIENT LIST. And that something is answered at once takes TLS 1.3's tickets off the wire,
+                # which redis-py 8.1 otherwise takes for a connection in disorder.
+                protocol=2, driver_info=None, client_name="loramill",
             )  # fmt: skip
         except ValueError as error:
             raise StoreRefused(f"{self.url} is not a store's URL: {error}") from error
@@ -79,14 +81,7 @@ class Link:
 
     def read(self, *commands: tuple[str | int, ...]) -> list[Any]:
         """The answers to commands that read, all of one moment. Keys are given without the prefix."""
-        with self._mapped(), self._client.pipeline(transaction=True) as pipe:
-            pipe.hget(f"{self.prefix}:store", "id")
-            for name, key, *args in commands:
-                pipe.execute_command(name, f"{self.prefix}:{key}", *args)
-            found, *answers = list(pipe.execute())
-            if found is None or found.decode() != self.id:
-                raise redis.ResponseError("LOST")
-        return answers
+        return list(self.call("read", *(part for command in commands for part in (len(command), *command))))
 
     def info(self) -> Mapping[str, Any]:
         """The server's INFO. Raises StoreRefused if it is none that can hold a store."""
@@ -114,7 +109,7 @@ class Link:
             yield
         except (redis.RedisError, OSError) as error:
             known = said(error, self.url, str(about)) if isinstance(error, redis.RedisError) else None
-            raise known or translated(error, self.url) from error
+            raise known or translated(error, self.url, opening=not self.id) from error
 
 
 def public_url(url: str) -> str:

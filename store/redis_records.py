@@ -13,8 +13,9 @@ from loramill.store.records import Claim, Job, Lease, ShardInfo, ShardState, Wor
 NEARLY_FULL = 0.8
 
 
-def job_of(fields: Mapping[bytes, bytes], chunks: int) -> Job:
-    """A job from its hash."""
+def job_of(pairs: Sequence[bytes], chunks: int) -> Job:
+    """A job from its hash: names and values in turn."""
+    fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
     def time_ms(name: bytes) -> int | None:
         return int(fields[name]) if name in fields else None

@@ -112,7 +112,7 @@ class RedisStore(JobStore):
 
     def jobs(self, *, after: str | None = None, limit: int = 20) -> list[Job]:
         found = self._link.call("jobs", after or "", limit, about=after)
-        return [job_of(dict(zip(fields[::2], fields[1::2], strict=True)), chunks) for fields, chunks in found]
+        return [job_of(fields, chunks) for fields, chunks in found]
 
     def shards(self, job_id: str) -> list[ShardInfo]:
         return [shard_of(number, fields) for number, fields in self._link.call("shards", job_id)]
