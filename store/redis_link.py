@@ -45,7 +45,7 @@ class Link:
                 health_check_interval=HEALTH_CHECK_S, max_connections=MAX_CONNECTIONS,
                 # The pool connects anew if an idle connection was closed. Nothing that was sent is sent again.
                 retry=Retry(NoBackoff(), 0),
-                # The name is for CLIENT LIST. And that something is answered at once takes TLS 1.3's tickets off the wire,
+                # The name is for CLIENT LIST. And that there is an answer to it takes TLS 1.3's tickets off the wire,
                 # which redis-py 8.1 otherwise takes for a connection in disorder.
                 protocol=2, driver_info=None, client_name="loramill",
             )  # fmt: skip

@@ -7,7 +7,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,21 +19,6 @@ from tests.servers import RedisServer
 
 
 @pytest.fixture
-def new_server(need_redis: None, tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
-    """Starts servers that a test may do anything to."""
-    started: list[RedisServer] = []
-
-    def start(**settings: Any) -> RedisServer:
-        started.append(RedisServer(tmp_path / f"redis-{len(started)}", **settings).start())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.resume()
-        server.kill()
-
-
-@pytest.fixture
 def store(redis_server: RedisServer) -> Iterator[RedisStore]:
     """An empty one on the server that tests share."""
     with RedisStore(redis_server.url, prefix=uuid.uuid4().hex) as store:
@@ -44,8 +28,8 @@ def store(redis_server: RedisServer) -> Iterator[RedisStore]:
 # Restarts.
 
 
-def test_a_killed_server_comes_back_with_everything(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server(appendfsync="always")
+def test_a_killed_server_comes_back_with_everything(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis(appendfsync="always")
     with RedisStore(server.url) as store:
         submitted(store, "j", a_shard(0, 3), a_shard(1, 3))
         before = claimed(store)
@@ -62,9 +46,9 @@ def test_a_killed_server_comes_back_with_everything(new_server: Callable[..., Re
 
 
 def test_a_token_is_never_given_twice_though_the_counter_is(
-    new_server: Callable[..., RedisServer], tmp_path: Path
+    new_redis: Callable[..., RedisServer], tmp_path: Path
 ) -> None:
-    server, old = new_server(appendfsync="always"), tmp_path / "old"
+    server, old = new_redis(appendfsync="always"), tmp_path / "old"
     claims: list[Claim] = []
     with RedisStore(server.url) as store:
         submitted(store, "j", a_shard(0, 3))
@@ -124,9 +108,9 @@ EVERYTHING: dict[str, Callable[[RedisStore], object]] = {
 }
 
 
-def test_a_server_that_forgot_everything_is_noticed_by_every_method(new_server: Callable[..., RedisServer]) -> None:
+def test_a_server_that_forgot_everything_is_noticed_by_every_method(new_redis: Callable[..., RedisServer]) -> None:
     """Never `0 jobs`: neither while the store is gone, nor once somebody made another in its place."""
-    server = new_server(appendonly="no")
+    server = new_redis(appendonly="no")
     with RedisStore(server.url, volatile=True) as store:
         submitted(store, "j", a_shard())
         server.kill()
@@ -150,8 +134,8 @@ def test_every_method_is_in_that_list() -> None:
 # Full.
 
 
-def test_a_full_server_refuses_what_adds_and_takes_what_ends(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server()
+def test_a_full_server_refuses_what_adds_and_takes_what_ends(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
     with RedisStore(server.url) as store:
         submitted(store, "j", a_shard(0, 3), a_shard(1, 3))
         submitted(store, "waiting", a_shard(0, 3))
@@ -190,8 +174,8 @@ def test_a_full_server_refuses_what_adds_and_takes_what_ends(new_server: Callabl
         assert store.commit(second.lease, a_chunk(1, [0, 1, 2])) == Committed(3, True)
 
 
-def test_a_server_that_fills_up_holds_whole_shards(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server(maxmemory="3mb")
+def test_a_server_that_fills_up_holds_whole_shards(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis(maxmemory="3mb")
     with RedisStore(server.url) as store:
         store.stage(a_spec("j"))
         added = 0
@@ -205,8 +189,8 @@ def test_a_server_that_fills_up_holds_whole_shards(new_server: Callable[..., Red
         store.stage(a_spec("k"))
 
 
-def test_a_server_that_cannot_write_its_snapshot_is_full(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server(appendonly="no", save="3600 1")
+def test_a_server_that_cannot_write_its_snapshot_is_full(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis(appendonly="no", save="3600 1")
     with RedisStore(server.url) as store:
         assert store.info().durable and "snapshot" in store.info().warnings[0]
         shutil.rmtree(server.folder)
@@ -223,8 +207,8 @@ def test_a_server_that_cannot_write_its_snapshot_is_full(new_server: Callable[..
 # Connections.
 
 
-def test_dropped_connections_and_forgotten_scripts_go_unnoticed(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server()
+def test_dropped_connections_and_forgotten_scripts_go_unnoticed(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
     with RedisStore(server.url) as store:
         submitted(store, "j", *(a_shard(number, 1) for number in range(10)))
         store.publish(a_manifest())
@@ -237,8 +221,8 @@ def test_dropped_connections_and_forgotten_scripts_go_unnoticed(new_server: Call
         assert store.job("j").status is JobStatus.COMPLETED
 
 
-def test_a_server_that_hangs_is_unreachable_and_then_it_is_not(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server()
+def test_a_server_that_hangs_is_unreachable_and_then_it_is_not(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
     with RedisStore(server.url, timeout_s=0.2) as store:
         submitted(store, "j", a_shard())
         server.pause()

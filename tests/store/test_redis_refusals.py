@@ -1,8 +1,9 @@
 """Servers that cannot hold a store: each is refused in one line that says why, without the password."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import socket
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,19 +17,6 @@ from tests.servers import RedisServer, free_port
 SECRET = "hunter2"
 
 
-@pytest.fixture
-def new_server(need_redis: None, tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
-    started: list[RedisServer] = []
-
-    def start(**settings: Any) -> RedisServer:
-        started.append(RedisServer(tmp_path / f"redis-{len(started)}", **settings).start())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.kill()
-
-
 def refusal(url: str, kind: type[StoreError] = StoreRefused, **options: Any) -> str:
     """The one line with which a store at `url` is refused."""
     with pytest.raises(StoreError) as caught:
@@ -39,8 +27,8 @@ def refusal(url: str, kind: type[StoreError] = StoreRefused, **options: Any) -> 
     return message
 
 
-def test_a_wrong_password_or_none(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server(requirepass=SECRET)
+def test_a_wrong_password_or_none(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis(requirepass=SECRET)
     at = f"127.0.0.1:{server.port}/0"
     assert "password" in refusal(f"redis://{at}")
     assert "password" in refusal(f"redis://:{SECRET}x@{at}")
@@ -53,8 +41,8 @@ def test_a_password_for_a_server_without(redis_server: RedisServer) -> None:
     assert "password" in refusal(f"redis://:{SECRET}@127.0.0.1:{redis_server.port}/0")
 
 
-def test_too_few_rights(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server()
+def test_too_few_rights(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
     at = f"127.0.0.1:{server.port}/0"
     users = {
         "right": "~loramill:* +@all -@admin",
@@ -78,8 +66,8 @@ def test_too_few_rights(new_server: Callable[..., RedisServer]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
-def test_tls(new_server: Callable[..., RedisServer], redis_server: RedisServer) -> None:
-    server = new_server(tls=True)
+def test_tls(new_redis: Callable[..., RedisServer], redis_server: RedisServer) -> None:
+    server = new_redis(tls=True)
     for _ in range(20):
         with RedisStore(server.url) as store:
             assert store.info().url == f"rediss://localhost:{server.port}/0"
@@ -87,33 +75,50 @@ def test_tls(new_server: Callable[..., RedisServer], redis_server: RedisServer) 
     by_address = server.url.replace("localhost", "127.0.0.1")
     assert "certificate is not trusted" in refusal(by_address)
     assert "rediss://" in refusal(f"redis://127.0.0.1:{server.port}/0", StoreUnreachable)
-    assert "TLS" in refusal(f"rediss://127.0.0.1:{redis_server.port}/0")
+    assert "redis://)" in refusal(f"rediss://127.0.0.1:{redis_server.port}/0", StoreUnreachable, timeout_s=0.5)
 
 
-def test_a_replica(new_server: Callable[..., RedisServer], redis_server: RedisServer) -> None:
-    replica = new_server(replicaof=f"127.0.0.1 {redis_server.port}")
+def test_what_is_no_redis() -> None:
+    """Something that answers TLS, and not as Redis or any TLS server would."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert "TLS connection failed" in refusal(f"rediss://127.0.0.1:{port}/0")
+        thread.join()
+
+
+def test_a_replica(new_redis: Callable[..., RedisServer], redis_server: RedisServer) -> None:
+    replica = new_redis(replicaof=f"127.0.0.1 {redis_server.port}")
     assert "replica" in refusal(replica.url)
 
 
-def test_a_master_that_becomes_a_replica(new_server: Callable[..., RedisServer], redis_server: RedisServer) -> None:
-    server = new_server()
+def test_a_master_that_becomes_a_replica(new_redis: Callable[..., RedisServer], redis_server: RedisServer) -> None:
+    server = new_redis()
     with RedisStore(server.url) as store:
         server.cli("REPLICAOF", "127.0.0.1", redis_server.port)
         with pytest.raises(StoreRefused, match="replica"):
             store.cancel("j")
 
 
-def test_a_cluster(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server(cluster_enabled="yes", cluster_port=str(free_port()))
+def test_a_cluster(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis(cluster_enabled="yes", cluster_port=str(free_port()))
     assert "Cluster" in refusal(server.url)
 
 
-def test_a_policy_that_evicts(new_server: Callable[..., RedisServer]) -> None:
-    assert "allkeys-lru" in refusal(new_server(maxmemory_policy="allkeys-lru").url)
+def test_a_policy_that_evicts(new_redis: Callable[..., RedisServer]) -> None:
+    assert "allkeys-lru" in refusal(new_redis(maxmemory_policy="allkeys-lru").url)
 
 
-def test_a_server_that_keeps_nothing_is_taken_only_if_that_is_wanted(new_server: Callable[..., RedisServer]) -> None:
-    server = new_server(appendonly="no")
+def test_a_server_that_keeps_nothing_is_taken_only_if_that_is_wanted(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis(appendonly="no")
     assert "appendonly yes" in refusal(server.url)
     with RedisStore(server.url, volatile=True) as store:
         assert not store.info().durable and "loses every job" in store.info().warnings[0]
