@@ -28,15 +28,14 @@ test: $(VENV)/.installed-test redis
 # The tests of the queue start real servers. A service that Debian starts with the package would only be in their way;
 # policy-rc.d is how Debian is told so, and exit 101 means "not allowed".
 redis:
-	@if command -v redis-server >/dev/null && redis-server --version | grep -qE 'v=([7-9]|[1-9][0-9])\.'; then exit 0; fi; \
-	if [ "$$LORAMILL_NO_REDIS" = 1 ] && [ -z "$$CI" ]; then exit 0; fi; \
+	@fits() { command -v redis-server >/dev/null && redis-server --version | grep -qE 'v=([7-9]|[1-9][0-9])\.'; }; \
+	if fits || [ "$$LORAMILL_NO_REDIS" = 1 -a -z "$$CI" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    policy=/usr/sbin/policy-rc.d; \
-	    if [ ! -e $$policy ]; then printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; trap "rm -f $$policy" EXIT; fi; \
+	    [ -e $$policy ] || { trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; }; \
 	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends redis-server; \
 	fi; \
-	if command -v redis-server >/dev/null && redis-server --version | grep -qE 'v=([7-9]|[1-9][0-9])\.'; then exit 0; fi; \
-	echo "make: the tests need redis-server 7 or newer; install it (Debian: redis-server), or set LORAMILL_NO_REDIS=1" >&2; exit 1
+	fits || { echo "make: the tests need redis-server 7 or newer: install it, or set LORAMILL_NO_REDIS=1 to skip them" >&2; exit 1; }
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

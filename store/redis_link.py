@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -114,20 +114,27 @@ class Link:
 
 def public_url(url: str) -> str:
     """The URL without its password and options."""
-    parts = urlsplit(url)
+    if _torn(parts := urlsplit(url)):
+        return f"{parts.scheme}://..."
     user = f"{parts.username}@" if parts.username else ""
     return f"{parts.scheme}://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _checked(url: str) -> str:
     """The URL for redis-py, which would ignore what it does not know."""
-    parts = urlsplit(url)
+    if _torn(parts := urlsplit(url)):
+        raise ValueError("in a password / ? # are written %2F %3F %23")
     options = parse_qsl(parts.query)
     if unknown := [name for name, _ in options if name not in _QUERY]:
         raise ValueError(f"it has no option {unknown[0]}")
     if parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit():
         raise ValueError(f"a database is a number, not {parts.path.strip('/')}")
     return parts._replace(query=urlencode([(name, value) for name, value in options if name != "volatile"])).geturl()
+
+
+def _torn(parts: SplitResult) -> bool:
+    """Whether what comes after the host has the end of a password in it, which must not be shown."""
+    return any("@" in part for part in (parts.path, parts.query, parts.fragment))
 
 
 _CREATE = """#!lua

@@ -59,7 +59,7 @@ def warnings_of(info: Mapping[str, Any], *, durable: bool) -> tuple[str, ...]:
     found = []
     if not durable:
         found.append("a restart of the server loses every job: set appendonly yes")
-    elif not info["aof_enabled"]:
+    elif not info.get("aof_enabled"):
         found.append("a crash of the server loses what came since its last snapshot: set appendonly yes")
     if info.get("aof_last_write_status", "ok") != "ok" or info.get("rdb_last_bgsave_status", "ok") != "ok":
         found.append("the server could not write to its disk")

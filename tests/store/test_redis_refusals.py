@@ -4,6 +4,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,6 +138,21 @@ def test_nobody_there(need_redis: None) -> None:
 
 def test_a_store_that_was_never_written(redis_server: RedisServer) -> None:
     assert "nothing was ever submitted" in refusal(redis_server.url, StoreLost, create=False, prefix="never")
+
+
+@pytest.mark.parametrize("letter", "/?#")
+def test_a_password_that_tears_the_url_is_not_shown(letter: str) -> None:
+    with pytest.raises(StoreRefused, match="%2F") as caught:
+        RedisStore(f"redis://:secret{letter}{SECRET}@127.0.0.1/0")
+    assert "secret" not in str(caught.value) and SECRET not in str(caught.value)
+
+
+def test_a_unix_socket(new_redis: Callable[..., RedisServer], tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    new_redis(unixsocket=str(path))
+    with RedisStore(f"unix://{path}?db=1") as store:
+        submitted(store, "j", a_shard())
+        assert (store.info().url, store.job("j").total) == (f"unix://{path}", 4)
 
 
 @pytest.mark.parametrize("url", ["redis://127.0.0.1/first", "redis://127.0.0.1/0?maxmemory=1", "redis://127.0.0.1:x/0"])
