@@ -25,13 +25,14 @@ ALLOWED = {
     "worker": ENGINE,
     "worker/shard_runner.py": {"loramill.store", "loramill.schemas"},
     "worker/result_lines.py": {"loramill.store", "loramill.schemas"},
+    "worker/frames.py": {"orjson"},
     "producer": {"loramill.schemas", "loramill.store", "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
     "producer/verify.py": {"loramill.worker", "loramill.schemas", "click", "torch", "transformers", "peft"},
     "producer/models.py": {"loramill.worker", "loramill.schemas"},
 }
-QUEUE_SIDE = {"loramill.worker.shard_runner", "loramill.worker.result_lines"}
+QUEUE_SIDE = {"loramill.worker.shard_runner", "loramill.worker.result_lines", "loramill.worker.frames"}
 
 # Only inside functions: whoever asks for --help or only validates must not wait for these.
 LAZY = {"producer": {"torch", "transformers"}}
