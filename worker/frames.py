@@ -24,8 +24,8 @@ its blob (32 bits each, little-endian), the header (a JSON object with the frame
 | `beat` | `steps`: passes so far, `busy`, `resident`, `stats`: EngineStats | |
 
 `running` comes before the pass in which the rows first run. A beat comes every BEAT_S from the loop that runs the
-passes, so a pass that hangs stops it. The child ends when its input is closed, or with its parent: it holds nothing that
-is not elsewhere.
+passes, so a pass that hangs stops it. The child ends when its input is closed, or with its parent: it holds nothing
+that is not elsewhere.
 """
 
 from __future__ import annotations
