@@ -23,7 +23,7 @@ QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
-        *("shard_runner", "result_lines"),
+        *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
         *("app", "tasks", "node", "child", "engine_process", "manifest", "frames"),
     )
 }
@@ -32,7 +32,7 @@ ALLOWED = {
     "kernels": {"torch", "triton"},
     "store": {"loramill.schemas", "fsspec", "orjson", "redis", "zstandard"},
     "worker": ENGINE,
-    "the queue side": {"loramill.schemas", "loramill.store", "click", "celery", "redis", *ENGINE},
+    "the queue side": {"loramill.schemas", "loramill.store", "orjson", "click", "celery", "redis", *ENGINE},
     "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
@@ -50,7 +50,7 @@ SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery"}
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
 PURE = (
-    *("worker/scheduler.py", "worker/slots.py", "worker/forecast.py"),
+    *("worker/scheduler.py", "worker/slots.py", "worker/forecast.py", "worker/pressure.py"),
     *("producer/plan.py", "producer/waves.py", "producer/units.py", "producer/work.py", "producer/costs.py"),
     *("producer/modes.py", "producer/predict.py", "producer/traffic.py", "producer/explain.py"),
 )
