@@ -73,9 +73,8 @@ class Housekeeping:
             log(f"worker {node.name}: took back {reaped.leases} leases that had run out")
         if node.shards_done != self._summed_up and self._is_due("summary", SUMMARY_S):
             self._summed_up = node.shards_done
-            log(
-                f"worker {node.name}: {node.rows_done} rows done in {node.shards_done} shards, {len(node.leases)} running"
-            )
+            done = f"{node.rows_done} rows done in {node.shards_done} shards"
+            log(f"worker {node.name}: {done}, {len(node.leases)} shards running")
         if node.ready and not node.drain.asked:
             self._see_what_waits()
 
