@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-from loramill.producer.base import locate_base, silence_libraries
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.models import Opener, fetch
-from loramill.producer.options import AdapterOptions, ModelOptions
-from loramill.producer.registry import Entry, Registry, read_registry
 from loramill.schemas.errors import did_you_mean
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.base_files import locate_base, silence_libraries
 from loramill.worker.model import ModelError, describe_base
+from loramill.worker.models import Opener, fetch
+from loramill.worker.registry import Entry, Registry, read_registry
+from loramill.worker.settings import AdapterOptions, ModelOptions
 from loramill.worker.tensor_file import CONFIG, AdapterError, read, read_config
 from loramill.worker.tensor_names import Kind, parse
 

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 import loramill
-from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.interrupts import held
 from loramill.producer.options import RunOptions, list_options, run_options, verify_options
+from loramill.schemas.failures import ExitCode, Failure
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from loramill.producer.costs import Costs
 from loramill.producer.explain import describe
 from loramill.producer.index import Index
-from loramill.producer.options import LoraMode, Order
 from loramill.producer.plan import Plan, plan
 from loramill.producer.waves import Limits, MixFacts, Mode
 from loramill.schemas.names import Names, Uses
+from loramill.worker.settings import LoraMode, Order
 
 _SHOWN = 4
 

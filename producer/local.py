@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loramill.producer.costs import Costs, Timing, fit
-from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.index import Index
 from loramill.producer.job_plan import AdapterFacts, Draft, JobPlan
-from loramill.producer.models import Models
-from loramill.producer.options import ModelOptions
 from loramill.producer.reader import Input
 from loramill.schemas.errors import did_you_mean
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.names import Names
 from loramill.store.journal import DoneRow
 from loramill.worker.adapters import Adapter, AdapterError
@@ -22,7 +20,9 @@ from loramill.worker.engine import Engine, EngineConfig
 from loramill.worker.forecast import Forecast
 from loramill.worker.measure import measure, tokens_to_measure
 from loramill.worker.model import ModelError
+from loramill.worker.models import Models
 from loramill.worker.request import EngineStats
+from loramill.worker.settings import ModelOptions
 from loramill.worker.shard_runner import Job, ShardRunner
 from loramill.worker.shard_runner import Shard as Shard  # the Python API's name for it
 from loramill.worker.slots import Eviction

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from loramill.producer.failures import Failure
 from loramill.producer.generated import Generated, Row, generated, line_of, rows_of
-from loramill.producer.options import ModelOptions
 from loramill.producer.progress import note
 from loramill.producer.reader import Input
-from loramill.producer.specs import check_name, spec_of
 from loramill.producer.validate import validate
 from loramill.schemas.errors import did_you_mean
+from loramill.schemas.failures import Failure
+from loramill.worker.settings import ModelOptions
+from loramill.worker.specs import check_name, spec_of
 
 if TYPE_CHECKING:
     from loramill.producer.local import Shard
@@ -58,7 +58,8 @@ class Mill:
         adapters: Mapping[str, Given] | None = None,
         **options: Any,
     ) -> None:
-        from loramill.producer import local, models  # torch comes with them
+        from loramill.producer.local import LocalEngine  # torch comes with these
+        from loramill.worker.models import open_models, refuse_adapters
 
         for name in ("adapters_dir", "adapters_file", "chat_template"):
             if options.get(name) is not None:
@@ -66,11 +67,11 @@ class Mill:
         specs = {check_name(name): spec_of(given) for name, given in (adapters or {}).items()}
         self._options = ModelOptions(base_model=str(base_model), adapters=specs, **options)
         try:
-            self._models = models.open_models(self._options)
-            models.refuse_adapters(self._models.unusable)
+            self._models = open_models(self._options)
+            refuse_adapters(self._models.unusable)
             for warning in self._models.warnings:
                 note(f"Warning: {warning}")
-            self._engine = local.LocalEngine(self._models, self._options)
+            self._engine = LocalEngine(self._models, self._options)
         except Failure as failure:
             raise ValueError(str(failure)) from failure
         self._rows_seen = 0
@@ -214,11 +215,11 @@ class Mill:
         return self._models.names.adapters[name].sha256
 
     def _put(self, name: str, path: str | PathLike[str], scale: float) -> None:
-        from loramill.producer import models
+        from loramill.worker.models import AdapterError
 
         try:
             opened = self._models.opener.open(spec_of((path, scale)))
-        except models.AdapterError as error:
+        except AdapterError as error:
             raise ValueError("\n".join(f"adapter `{name}`: {why}" for why in error.problems)) from error
         if opened.warning:
             note(f"Warning: adapter `{name}`: {opened.warning}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.options import RunOptions
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.store.files import atomic_writer, remove_file
 from loramill.store.journal import Journal
 

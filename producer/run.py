@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loramill.producer.base import silence_libraries
 from loramill.producer.explain import explain
-from loramill.producer.failures import ExitCode, Failure
 from loramill.producer.index import Index
 from loramill.producer.interrupts import Interrupts
 from loramill.producer.invalid import InvalidLines
 from loramill.producer.local import LocalEngine
-from loramill.producer.models import Models, open_models
 from loramill.producer.options import RunOptions
 from loramill.producer.outputs import check_outputs, publish, refuse_existing
 from loramill.producer.progress import Moment, Progress, counter, note
 from loramill.producer.reader import Input, InputError, open_input
 from loramill.producer.summary import Summary
 from loramill.producer.validate import validate
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
 from loramill.store.journal import DoneRow, Journal, remove_journal
+from loramill.worker.base_files import silence_libraries
+from loramill.worker.models import Models, open_models
 
 _COMMIT_ROWS = 4096
 _RESUMES = "what is committed stays, and the same command resumes"

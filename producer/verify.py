@@ -10,17 +10,17 @@ from typing import Any
 
 import click
 
-from loramill.producer.base import silence_libraries
 from loramill.producer.catalogue import chosen, open_registry
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.models import Opener
-from loramill.producer.registry import Entry
 from loramill.schemas.errors import LineError
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.request import Endpoint, Row
 from loramill.schemas.sampling import CompletionBody
 from loramill.worker.adapters import AdapterError
+from loramill.worker.base_files import silence_libraries
 from loramill.worker.engine import Engine, EngineConfig
 from loramill.worker.model import BaseInfo, ModelError
+from loramill.worker.models import Opener
+from loramill.worker.registry import Entry
 from loramill.worker.request import plain
 
 _AGREES_WITHIN = 1e-3

@@ -1,1 +1,1 @@
-"""The engine: schedule, run, sample, emit; and the runner that feeds it rows."""
+"""The engine: schedule, run, sample, emit; and the queue side, which opens the models and feeds it rows."""

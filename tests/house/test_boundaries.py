@@ -18,23 +18,35 @@ ROOMS = ("schemas", "kernels", "store", "worker", "producer")
 # Beyond the standard library, numpy, the room itself and the package's version.
 PACKAGE = {"loramill", "loramill.__version__"}
 ENGINE = {"loramill.kernels", "torch", "transformers", "safetensors"}
+SETTINGS = {"loramill.worker.settings", "loramill.worker.specs", "loramill.worker.adapters_file"}
+QUEUE_SIDE = {
+    f"loramill.worker.{name}"
+    for name in (
+        *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
+        *("shard_runner", "result_lines"),
+        *("app", "tasks", "node", "child", "engine_process", "manifest", "frames"),
+    )
+}
 ALLOWED = {
     "schemas": {"pydantic", "orjson"},
     "kernels": {"torch", "triton"},
     "store": {"loramill.schemas", "fsspec", "orjson", "redis", "zstandard"},
     "worker": ENGINE,
-    "worker/shard_runner.py": {"loramill.store", "loramill.schemas"},
-    "worker/result_lines.py": {"loramill.store", "loramill.schemas"},
-    "producer": {"loramill.schemas", "loramill.store", "click", "rich", "zstandard", "transformers"},
+    "the queue side": {"loramill.schemas", "loramill.store", "click", "celery", "redis", *ENGINE},
+    "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
     "producer/verify.py": {"loramill.worker", "loramill.schemas", "click", "torch", "transformers", "peft"},
-    "producer/models.py": {"loramill.worker", "loramill.schemas"},
+    "producer/run.py": {
+        *("loramill.worker.models", "loramill.worker.base_files"),
+        *("loramill.schemas", "loramill.store"),
+    },
+    "producer/mill.py": {"loramill.worker.models", *SETTINGS, "loramill.schemas", "loramill.store"},
 }
-QUEUE_SIDE = {"loramill.worker.shard_runner", "loramill.worker.result_lines"}
 
 # Only inside functions: whoever asks for --help or only validates must not wait for these.
-LAZY = {"producer": {"torch", "transformers"}}
+LAZY = {"producer": {"torch", "transformers"}, "the queue side": {"transformers"}}
+SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery"}
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
 PURE = (
@@ -98,18 +110,17 @@ def inside(module: str, names: set[str]) -> bool:
 def problems(path: str, source: str) -> list[str]:
     """What the source of `room/name.py` breaks, one line each."""
     room, module = path.split("/")[0], module_name(path)
-    allowed = {"numpy", f"loramill.{room}", *ALLOWED.get(path, ALLOWED[room])}
-    if path == "worker/shard_runner.py":
-        allowed |= {"loramill.kernels", "torch"}
+    side = "the queue side" if module in QUEUE_SIDE else room
+    allowed = {"numpy", f"loramill.{room}", *ALLOWED.get(path, ALLOWED[side])}
     found = []
     for imported in imports_of(source, module):
         name, where = imported.module, f"{path}:{imported.line}"
         top = name.split(".")[0]
         if name not in PACKAGE and top not in sys.stdlib_module_names and not inside(name, allowed):
-            found.append(f"{where} {room} must not import {name}")
+            found.append(f"{where} {side} must not import {name}")
         if room == "worker" and inside(name, QUEUE_SIDE) and module not in QUEUE_SIDE:
             found.append(f"{where} the engine side must not import the queue side ({name})")
-        if not imported.lazy and inside(name, LAZY.get(room, set())):
+        if not imported.lazy and inside(name, LAZY.get(side, set())):
             found.append(f"{where} {name} must be imported inside a function")
         if name == "<computed>":
             found.append(f"{where} a computed import cannot be checked")
@@ -147,6 +158,16 @@ def loaded_with(path: str, tree: dict[str, str]) -> set[str]:
     return seen
 
 
+def slow_imports(path: str, tree: dict[str, str]) -> list[str]:
+    """What importing `path` waits for: slow libraries that it, or a module of ours that comes with it, imports."""
+    return [
+        f"{here}:{imported.line} {imported.module}"
+        for here in sorted({path, *loaded_with(path, tree)})
+        for imported in imports_of(tree[here], module_name(here))
+        if not imported.lazy and inside(imported.module, SLOW)
+    ]
+
+
 def sources() -> dict[str, str]:
     paths = (path for room in ROOMS for path in sorted((REPO / room).rglob("*.py")))
     return {path.relative_to(REPO).as_posix(): path.read_text() for path in paths}
@@ -174,9 +195,26 @@ def test_imports(path: str) -> None:
     assert problems(path, sources()[path]) == []
 
 
-def test_the_command_line_loads_no_worker() -> None:
-    """The worker, and what needs it, is imported inside functions, when a command that uses it runs."""
-    assert {path for path in loaded_with("producer/cli.py", sources()) if path.startswith("worker/")} == set()
+@pytest.mark.parametrize("path", ["producer/cli.py", "worker/settings.py"])
+def test_usage_errors_are_instant(path: str) -> None:
+    """The command line, and the settings that a queue's workers share with it, come without the engine: what needs it
+    is imported inside functions, when a command that uses it runs."""
+    assert slow_imports(path, sources()) == []
+
+
+def test_the_command_line_loads_no_more_of_the_worker_than_its_settings() -> None:
+    loaded = {module_name(path) for path in loaded_with("producer/cli.py", sources()) if path.startswith("worker/")}
+    assert loaded == SETTINGS
+
+
+def test_slow_imports_are_seen_through_other_modules() -> None:
+    tree = {
+        "producer/cli.py": "from loramill.worker.settings import flag",
+        "worker/settings.py": "from loramill.worker import models\ndef f():\n    import transformers",
+        "worker/models.py": "from loramill.worker.adapters import open_adapter",
+        "worker/adapters.py": "import torch",
+    }
+    assert slow_imports("producer/cli.py", tree) == ["worker/adapters.py:1 torch"]
 
 
 def test_the_loading_is_seen_through_other_modules() -> None:
@@ -200,7 +238,12 @@ def test_the_loading_is_seen_through_other_modules() -> None:
         ("worker/engine.py", "from pydantic import BaseModel", "must not import pydantic"),
         ("worker/engine.py", "from loramill.worker import shard_runner", "must not import the queue side"),
         ("worker/engine.py", "from .shard_runner import run", "must not import the queue side"),
-        ("worker/shard_runner.py", "import click", "must not import click"),
+        ("worker/engine.py", "from loramill.worker.settings import flag", "must not import the queue side"),
+        ("worker/engine.py", "import click", "worker must not import click"),
+        ("worker/models.py", "import rich", "must not import rich"),
+        ("worker/models.py", "from loramill.producer import plan", "must not import loramill.producer"),
+        ("worker/tokenizers.py", "import transformers", "inside a function"),
+        ("producer/run.py", "from loramill.worker.engine import Engine", "must not import loramill.worker.engine"),
         ("producer/cli.py", "import transformers", "inside a function"),
         ("producer/cli.py", "def f():\n    import loramill.worker.engine", "must not import loramill.worker"),
         ("producer/cli.py", "def f():\n    __import__('loramill.worker')", "must not import loramill.worker"),

@@ -12,8 +12,8 @@ import click
 import pytest
 
 from loramill.producer.cli import cli
-from loramill.producer.failures import ExitCode
 from loramill.schemas.errors import ErrorCode
+from loramill.schemas.failures import ExitCode
 from loramill.schemas.fields import INERT, UNSUPPORTED
 from loramill.schemas.sampling import ChatBody, CompletionBody
 

@@ -10,7 +10,7 @@ import pytest
 
 from loramill.producer import cli
 from loramill.producer.options import RunOptions
-from loramill.producer.specs import AdapterSpec
+from loramill.worker.specs import AdapterSpec
 
 REQUIRED = ["--input", "in.jsonl", "--output", "out.jsonl", "--base-model", "base"]
 OPTIONS = [option for option in cli.run.params if isinstance(option, click.Option)]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.tokenizers import Tokenizers
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.prompt import Limits
+from loramill.worker.tokenizers import Tokenizers
 
 
 @pytest.fixture

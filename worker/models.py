@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from loramill.producer import base as bases
-from loramill.producer import hub
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.options import ModelOptions
-from loramill.producer.registry import read_registry
-from loramill.producer.specs import AdapterSpec, check_name, locate
-from loramill.producer.tokenizers import Tokenizers
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.names import Named, Names, NamesError
 from loramill.schemas.prompt import Limits, Prompter
+from loramill.worker import base_files, hub
 from loramill.worker.adapters import Adapter, open_adapter
 from loramill.worker.adapters import AdapterError as AdapterError  # for whoever opens one by one
 from loramill.worker.model import BaseInfo, ModelError, describe_base
+from loramill.worker.registry import read_registry
+from loramill.worker.settings import ModelOptions
+from loramill.worker.specs import AdapterSpec, check_name, locate
+from loramill.worker.tokenizers import Tokenizers
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,7 +60,7 @@ class Models:
 
     def _content(self, name: str) -> str:
         named = self.names.adapters[name]
-        tokenizer = bases.tokenizer_sha256(Path(self.adapters[name].path)) if named.prompter else ""
+        tokenizer = base_files.tokenizer_sha256(Path(self.adapters[name].path)) if named.prompter else ""
         return _sha256(f"{named.sha256}{named.scale}\0{named.template or ''}\0{tokenizer}".encode())
 
 
@@ -79,7 +78,7 @@ class Opener:
 
     def __init__(self, base: BaseInfo, options: ModelOptions) -> None:
         """Raises Failure (INPUT) for a chat template that cannot be read."""
-        template = bases.read_template(options.chat_template) if options.chat_template else None
+        template = base_files.read_template(options.chat_template) if options.chat_template else None
         self.base, self.options = base, options
         self.tokenizers = Tokenizers(Path(base.path), Limits(base.max_model_len, base.vocab_size), template)
 
@@ -88,7 +87,7 @@ class Opener:
         options = self.options
         try:
             folder, scale = fetch(spec)
-            template = bases.adapter_template(folder) or None
+            template = base_files.adapter_template(folder) or None
         except ValueError as error:
             raise AdapterError([str(error)]) from error
         adapter = open_adapter(
@@ -112,7 +111,7 @@ def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models
     `all_or_nothing`. Raises Failure with all that is wrong with the others at once.
     """
     registry = read_registry(options)
-    path = bases.locate_base(options.base_model)
+    path = base_files.locate_base(options.base_model)
     try:
         base = describe_base(str(path), options.max_model_len)
     except ModelError as error:
@@ -130,7 +129,7 @@ def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models
     known = {name: one.named for name, one in opened.items()}
     known |= {name: Named("", unusable="; ".join(all_)) for name, all_ in problems.items()}
     try:
-        base_name = options.base_name or bases.base_name_of(options.base_model)
+        base_name = options.base_name or base_files.base_name_of(options.base_model)
         names = Names(base_name, known, registry.aliases, registry.routes)
     except NamesError as error:
         raise Failure(ExitCode.INPUT, *(f"--adapters-file: {problem}" for problem in error.problems)) from error
@@ -147,7 +146,7 @@ def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models
             "the base's generation config": _sha256(
                 repr((sorted(base.sampling_defaults.items()), base.eos_token_ids)).encode()
             ),
-            "the base's tokenizer": bases.tokenizer_sha256(path),
+            "the base's tokenizer": base_files.tokenizer_sha256(path),
             "--chat-template": _sha256((opener.tokenizers.chat_template or "").encode()),
             "--max-model-len": str(base.max_model_len),
             "--dtype": options.dtype,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loramill.producer.adapters_file import read_adapters_file
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.options import AdapterOptions
-from loramill.producer.specs import ADAPTER_NAME, AdapterSpec
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.adapters_file import read_adapters_file
+from loramill.worker.settings import AdapterOptions
+from loramill.worker.specs import ADAPTER_NAME, AdapterSpec
 
 
 @dataclass(slots=True, frozen=True)

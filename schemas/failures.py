@@ -16,6 +16,14 @@ class ExitCode(IntEnum):
     """Finished, and some rows failed or were skipped as invalid."""
     INPUT = 4
     """The input, the base or an adapter is not usable: found before any compute."""
+    CANCELLED = 5
+    """The job was cancelled; what was committed stays."""
+    EXPIRED = 6
+    """The job was not finished in its time."""
+    NOT_FOUND = 7
+    """There is no such job."""
+    WAITED = 124
+    """A wait timed out; the job goes on."""
     INTERRUPTED = 130
 
 

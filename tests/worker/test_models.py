@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.models import Models, open_models
-from loramill.producer.options import ModelOptions
-from loramill.producer.specs import spec_of
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.models import Models, open_models
+from loramill.worker.settings import ModelOptions
+from loramill.worker.specs import spec_of
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from loramill.producer.base import tokenizer_sha256
-from loramill.producer.failures import ExitCode, Failure
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.prompt import Limits, Prompter, Tokenizer
+from loramill.worker.base_files import tokenizer_sha256
 
 _FAST = "tokenizer.json"
 _VOCABULARIES = (_FAST, "tokenizer.model", "vocab.json", "vocab.txt")

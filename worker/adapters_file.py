@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loramill.producer.specs import AdapterSpec, check_name, spec_of
 from loramill.schemas.errors import did_you_mean
+from loramill.worker.specs import AdapterSpec, check_name, spec_of
 
 _TABLES = ("adapters", "aliases", "routes")
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from loramill.producer.adapters_file import read_adapters_file, specs_of_json
-from loramill.producer.failures import ExitCode, Failure
-from loramill.producer.models import fetch
-from loramill.producer.options import AdapterOptions
-from loramill.producer.registry import read_registry
-from loramill.producer.specs import AdapterSpec, locate, spec_of
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.adapters_file import read_adapters_file, specs_of_json
+from loramill.worker.models import fetch
+from loramill.worker.registry import read_registry
+from loramill.worker.settings import AdapterOptions
+from loramill.worker.specs import AdapterSpec, locate, spec_of
 
 COMMIT = "0123abcd" * 5
 FILE = """

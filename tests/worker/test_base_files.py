@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loramill.producer.base import adapter_template, base_name_of, locate_base, tokenizer_sha256
-from loramill.producer.failures import ExitCode, Failure
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.base_files import adapter_template, base_name_of, locate_base, tokenizer_sha256
 
 
 @pytest.fixture

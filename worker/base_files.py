@@ -1,4 +1,4 @@
-"""The base model as the producer sees it: a folder with tokenizer files and chat templates; never its weights."""
+"""The base model's folder as the queue side sees it: tokenizer files and chat templates, never its weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from loramill.producer import hub
-from loramill.producer.failures import ExitCode, Failure
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker import hub
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = re.compile(
