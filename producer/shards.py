@@ -32,8 +32,8 @@ BASE = Need()
 class Shard:
     """Rows that run together."""
 
-    rows: list[int]
-    """Their positions, in the order to start."""
+    rows: NDArray[np.int64]
+    """Their positions, in the order to start: a part of the order that was cut, not a copy."""
     adapters: tuple[str, ...]
     """Keys, ascending."""
 
@@ -63,36 +63,32 @@ def cut(
     the slots are for all of them.
     """
     enough = max(MIN_ROWS, max_rows // 2)
-    rows: list[int] = []
-    size, has = 0, BASE
-    for position, number, line in _rows(order, mix, length):
+    start, size, has = 0, 0, BASE
+    for at, (number, line) in enumerate(_rows(order, mix, length)):
         need = needs[number] if number >= 0 else BASE
-        if rows and (
-            len(rows) == max_rows
+        if at > start and (
+            at - start == max_rows
             or size + line + 1 > max_bytes
             or need.merged != has.merged
             or (need.merged and need.adapters != has.adapters)
             or (
                 not need.adapters <= has.adapters
-                and (len(rows) >= enough or len(need.adapters | has.adapters) > max_loras)
+                and (at - start >= enough or len(need.adapters | has.adapters) > max_loras)
             )
         ):
-            yield Shard(rows, tuple(sorted(has.adapters)))
-            rows, size = [], 0
-        if not rows:
+            yield Shard(order[start:at], tuple(sorted(has.adapters)))
+            start, size = at, 0
+        if at == start:
             has = need
         elif not need.adapters <= has.adapters:
             has = Need(need.adapters | has.adapters)
-        rows.append(position)
         size += line + 1
-    if rows:
-        yield Shard(rows, tuple(sorted(has.adapters)))
+    if len(order):
+        yield Shard(order[start:], tuple(sorted(has.adapters)))
 
 
-def _rows(
-    order: NDArray[np.int64], mix: NDArray[np.int32], length: NDArray[np.int32]
-) -> Iterator[tuple[int, int, int]]:
-    """Position, mix and length of each row: taken out of the arrays many at a time, and never all."""
+def _rows(order: NDArray[np.int64], mix: NDArray[np.int32], length: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """Mix and length of each row: taken out of the arrays many at a time, and never all."""
     for start in range(0, len(order), _BLOCK):
         some = order[start : start + _BLOCK]
-        yield from zip(some.tolist(), mix[some].tolist(), length[some].tolist(), strict=True)
+        yield from zip(mix[some].tolist(), length[some].tolist(), strict=True)

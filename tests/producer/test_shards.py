@@ -7,9 +7,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.producer.shards import MAX_ROWS, MIN_ROWS, Need, Shard, cut, rows_a_shard
+from loramill.producer.shards import MAX_ROWS, MIN_ROWS, Need, cut, rows_a_shard
 
 KEYS = [f"k{number}" for number in range(6)]
+
+
+class Cut(NamedTuple):
+    """A shard."""
+
+    rows: list[int]
+    adapters: tuple[str, ...]
 
 
 class Drawn(NamedTuple):
@@ -23,10 +30,10 @@ class Drawn(NamedTuple):
     max_rows: int
     max_bytes: int
 
-    def cut(self) -> list[Shard]:
+    def cut(self) -> list[Cut]:
         columns = np.array(self.order, np.int64), np.array(self.mix, np.int32), np.array(self.length, np.int32)
         limits = {"max_loras": self.max_loras, "max_rows": self.max_rows, "max_bytes": self.max_bytes}
-        return list(cut(*columns, self.needs, **limits))
+        return [Cut(shard.rows.tolist(), shard.adapters) for shard in cut(*columns, self.needs, **limits)]
 
     def need(self, row: int) -> Need:
         return self.needs[self.mix[row]] if self.mix[row] >= 0 else Need()
