@@ -47,6 +47,8 @@ class Index:
     """Answers asked for."""
     mixes: list[Uses]
     """Each once: the adapters that answer a row, with the strength of each."""
+    endpoints: frozenset[str]
+    """What rows ask for: /v1/chat/completions, /v1/completions."""
     total_rows: int
     """Non-blank lines, valid or not."""
     problem_count: int
