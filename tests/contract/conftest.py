@@ -7,7 +7,7 @@ import pytest
 
 from tests.contract.places import ModelPlace, Place, SqlitePlace
 
-STORES: tuple[str, ...] = ()
+STORES = ("sqlite", "sqlite+files")
 
 
 @pytest.fixture
