@@ -23,7 +23,7 @@ QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
-        *("shard_runner", "result_lines"),
+        *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
         *("app", "tasks", "node", "child", "engine_process", "manifest", "frames"),
     )
 }
@@ -32,7 +32,7 @@ ALLOWED = {
     "kernels": {"torch", "triton"},
     "store": {"loramill.schemas", "fsspec", "orjson", "redis", "zstandard"},
     "worker": ENGINE,
-    "the queue side": {"loramill.schemas", "loramill.store", "click", "celery", "redis", *ENGINE},
+    "the queue side": {"loramill.schemas", "loramill.store", "orjson", "click", "celery", "redis", *ENGINE},
     "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},

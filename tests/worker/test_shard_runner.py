@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.store.journal import DoneRow
-from loramill.worker import shard_runner
+from loramill.worker import shard_runner, twins
 from loramill.worker.forecast import Forecast
 from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
 from loramill.worker.shard_runner import Job, Shard, ShardRunner
@@ -20,12 +21,16 @@ JOB = Job("job", NAMES, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
 
 
 class EchoEngine:
-    """Answers up to `max_num_seqs` rows a step, each with its own prompt."""
+    """Answers up to `max_num_seqs` rows each `passes` steps, each with its own prompt."""
 
     max_num_seqs = 2
 
     def __init__(self) -> None:
         self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.passes = 1
+        self.left = 0
+        self.batches: list[list[int]] = []
         self.seen: list[Request] = []
         self.longest_queue = 0
         self.watched: list[Forecast] = []
@@ -38,7 +43,7 @@ class EchoEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -50,10 +55,19 @@ class EchoEngine:
     def unwatch(self, forecast: Forecast) -> None:
         self.watched.remove(forecast)
 
-    def step(self) -> list[Result]:
-        now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
-        self.seen += now
-        return [self.answer(request) for request in now]
+    def step(self, on_start: Any = None) -> list[Result]:
+        if not self.running:
+            now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
+            self.running, self.left = now, self.passes
+            self.seen += now
+            self.batches.append([request.key for request in now])
+            if on_start is not None:
+                on_start(self.batches[-1])
+        self.left -= 1
+        if self.left:
+            return []
+        done, self.running = self.running, []
+        return [self.answer(request) for request in done]
 
     def answer(self, request: Request) -> Result:
         if len(self.seen) == self.fails_on:
@@ -61,6 +75,9 @@ class EchoEngine:
         fields = {"token_ids": request.prompt, "finish_reason": FinishReason.LENGTH} | self.completion
         count = request.sampling.n
         return Result(request.key, len(request.prompt), [Completion(index, **fields) for index in range(count)])
+
+    def cancel(self, keys: Any) -> None:
+        self.running = [request for request in self.running if request.key not in keys]
 
     def cancel_waiting(self) -> list[int]:
         dropped, self.waiting = self.waiting, []
@@ -222,6 +239,65 @@ def test_cancel_starts_no_further_row_and_finishes_those_in_flight(engine, promp
     assert sorted(row.row for row in other) == list(range(5)), "the other shard is not disturbed"
 
 
+def test_cancel_now_drops_what_runs_and_emits_what_has_finished(engine, prompter) -> None:
+    engine.passes = 2
+    kept: list[DoneRow] = []
+    other: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    first = Shard(JOB, iter([native(number) for number in range(5)]), kept.extend)
+    runner.submit(first)
+    for _ in range(3):
+        runner.step()  # two rows are finished, two run, one waits
+    runner.submit(Shard(JOB, iter([native(number) for number in range(9)]), other.extend))
+    runner.cancel(first, now=True)
+    runner.emit_all()
+    assert not runner.holds(first)
+    while runner.has_work:
+        runner.step()
+    assert sorted(row.row for row in kept) == [0, 1]
+    assert sorted(row.row for row in other) == list(range(9))
+
+
+def test_rows_that_run_alone_do_so_after_the_others_with_nothing_beside_them(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 4)
+    engine.passes = 2
+    started: list[tuple[str, list[int], bool]] = []
+    done: dict[str, list[DoneRow]] = {"a": [], "b": []}
+    runner = ShardRunner(engine, prompter)
+    for name, alone, count in (("a", {1, 3, 4}, 5), ("b", set(), 60)):
+        runner.submit(
+            Shard(
+                JOB,
+                iter([native(number) for number in range(count)]),
+                done[name].extend,
+                alone=alone,
+                on_start=lambda rows, lone, name=name: started.append((name, rows, lone)),
+            )
+        )
+    while runner.has_work:
+        runner.step()
+    assert {name: sorted(row.row for row in rows) for name, rows in done.items()} == {
+        "a": list(range(5)), "b": list(range(60))
+    }  # fmt: skip
+    assert [(name, rows) for name, rows, lone in started if lone] == [("a", [1]), ("a", [3]), ("a", [4])]
+    assert sum(len(rows) for _, rows, _ in started) == 65
+    lone = [len(batch) for batch in engine.batches].index(1)
+    assert [len(batch) for batch in engine.batches[lone : lone + 3]] == [1, 1, 1]
+    assert started[-1][0] == "b", "the other shard goes on afterwards"
+
+
+def test_a_cancelled_shard_runs_none_of_its_rows_alone(engine, prompter) -> None:
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    shard = Shard(JOB, iter([native(number) for number in range(3)]), done.extend, alone={2})
+    runner.submit(shard)
+    runner.step()
+    runner.cancel(shard)
+    while runner.has_work:
+        runner.step()
+    assert sorted(row.row for row in done) == [0, 1]
+
+
 def test_two_shards_with_the_same_row_numbers_do_not_mix(engine, prompter) -> None:
     results: dict[str, list[DoneRow]] = {"a": [], "b": []}
     runner = ShardRunner(engine, prompter)
@@ -266,6 +342,110 @@ def test_several_answers_are_several_choices(engine, prompter) -> None:
     (row,) = run(engine, prompter, [native(0, n=3)])
     assert [choice["index"] for choice in body(row)["choices"]] == [0, 1, 2]
     assert body(row)["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+GREEDY = {"prompt": [7], "temperature": 0}
+
+
+def test_rows_that_must_come_to_the_same_answer_are_computed_once(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 3)
+    rows = [native(n, **GREEDY, return_token_ids=n == 2, model="base" if n == 1 else None) for n in range(8)]
+    done = {row.row: row for row in run(engine, prompter, rows)}
+    assert len(engine.seen) == 1
+    assert {json.loads(row.line)["custom_id"] for row in done.values()} == {f"r{number}" for number in range(8)}
+    assert len({json.loads(row.line)["id"] for row in done.values()}) == 8
+    assert {(row.prompt_tokens, row.completion_tokens) for row in done.values()} == {(1, 1)}
+    assert body(done[1])["model"] == "base"
+    assert [number for number in range(8) if "token_ids" in body(done[number])["choices"][0]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "computed"),
+    [
+        ({"seed": 5}, 1),  # greedy: a seed decides nothing
+        ({"temperature": 1}, 2),  # each row has a seed of its own
+        ({"temperature": 1, "seed": 5}, 1),
+        ([{"temperature": 1, "seed": 5}, {"temperature": 1, "seed": 6}], 2),
+        ([{}, {"seed": 6}], 1),
+        ([{}, {"adapter": "sql"}], 2),
+        ([{}, {"adapter": "sql", "scale": 2}], 2),
+        ([{}, {"max_tokens": 5}], 2),
+        ([{}, {"stop_token_ids": [3]}], 2),
+        ([{}, {"logit_bias": {"3": 1}}], 2),
+        ([{}, {"logprobs": 1}], 2),
+        ([{}, {"prompt": [7, 7]}], 2),
+    ],
+)
+def test_what_decides_an_answer(engine, prompter, fields, computed) -> None:
+    first, second = fields if isinstance(fields, list) else (fields, fields)
+    done = run(engine, prompter, [native(0, **GREEDY | first), native(1, **GREEDY | second)])
+    assert len(engine.seen) == computed
+    assert len(done) == 2
+
+
+def test_sharing_answers_can_be_switched_off(engine, prompter) -> None:
+    run(engine, prompter, [native(number, **GREEDY) for number in range(5)], replace(JOB, dedupe=False))
+    assert len(engine.seen) == 5
+
+
+def test_rows_that_would_share_an_answer_share_a_failure(engine, prompter) -> None:
+    engine.fails_on = 1
+    done = run(engine, prompter, [native(number, **GREEDY) for number in range(3)])
+    assert len(engine.seen) == 1
+    assert [(row.failed, json.loads(row.line)["custom_id"]) for row in done] == [(True, f"r{n}") for n in range(3)]
+
+
+def test_a_cancelled_row_takes_those_that_follow_it_along(engine, prompter) -> None:
+    engine.passes = 3
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    shard = Shard(JOB, iter([native(number, **GREEDY) for number in range(9)]), done.extend)
+    runner.submit(shard)
+    runner.step()
+    runner.cancel(shard, now=True)
+    runner.emit_all()
+    assert not runner.has_work
+    assert done == []
+
+
+def test_rows_without_a_place_in_the_engine_hold_up_no_pass_and_fill_no_memory(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 4)
+    monkeypatch.setattr(shard_runner, "MAX_FOLLOWING", 40)
+    engine.passes = 50
+    read = 0
+
+    def rows() -> Iterator[tuple[int, bytes]]:
+        nonlocal read
+        for number in range(1000):
+            read += 1
+            yield native(number, **GREEDY)
+
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    runner.submit(Shard(JOB, rows(), done.extend))
+    runner.step()
+    assert read <= 12
+    for _ in range(48):
+        runner.step()
+    assert 40 <= read <= 60
+    while runner.has_work:
+        before = read
+        runner.step()
+        assert read - before <= 12
+    assert len(done) == 1000
+    assert len(engine.seen) == 1
+
+
+def test_answers_are_kept_up_to_a_number_of_tokens(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(twins, "KEPT_TOKENS", 20)
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 1)
+    order = [*range(8), 7, 0]  # two tokens each, the answer and the row
+    rows = [native(100 + at, prompt=[prompt], temperature=0) for at, prompt in enumerate(order)]
+    run(engine, prompter, rows)
+    assert len(engine.seen) == 8
+    order = [*range(20, 40), 39, 20]
+    run(engine, prompter, [native(at, prompt=[prompt], temperature=0) for at, prompt in enumerate(order)])
+    assert len(engine.seen) == 8 + 20 + 1
 
 
 MIXED = Job(

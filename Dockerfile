@@ -1,0 +1,25 @@
+# One image for the worker and for every command.
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim
+
+# An index with the build of torch that you want; empty takes the default one (on Linux: CUDA).
+ARG TORCH_INDEX=""
+
+# Triton compiles a launcher with the system's compiler where there is a GPU.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/loramill
+COPY constraints.txt ./
+RUN version="$(sed -n 's/^torch==//p' constraints.txt)" \
+    && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$version"
+COPY . .
+RUN pip install --no-cache-dir --constraint constraints.txt .
+
+# Nothing that it runs needs root; what it caches goes to the user's home.
+RUN useradd --create-home loramill
+USER loramill
+WORKDIR /home/loramill
+ENTRYPOINT ["loramill"]
+CMD ["--help"]
