@@ -176,20 +176,21 @@ def _cut(index: Index, served: Served) -> Iterator[Shard]:
         costs=None,
         decided={},
     )
+    kinds = [frozenset(offer.keys[name] for name, _ in uses) for uses in index.mixes]
+    alone = [any(offer.names.adapters[name].alone for name, _ in uses) for uses in index.mixes]
+    servers = served.servers([*kinds, frozenset()])
     needs = [
-        Need(
-            frozenset(offer.keys[name] for name, _ in uses),
-            merged=any(offer.names.adapters[name].alone for name, _ in uses),
-        )
-        for uses in index.mixes
+        Need(kind, str(uses) if is_alone else server)
+        for kind, is_alone, server, uses in zip(kinds, alone, servers, index.mixes, strict=False)
     ]
-    workers = served.able(tuple(need.adapters) for need in needs)
+    base = Need(apart=servers[-1])
+    workers = served.able([tuple(kind) for kind in kinds] + ([()] if (index.mix < 0).any() else []))
     running = len(workers.all_of_it) + len(workers.part_of_it)
     return cut(
         plan.order,
         index.mix,
         index.length,
-        needs,
+        [*needs, base],
         max_loras=offer.max_loras,
         max_rows=rows_a_shard(len(index), running),
     )

@@ -198,6 +198,26 @@ def test_rows_that_run_alone_are_named_as_alone(stub: Child) -> None:
     ]  # fmt: skip
 
 
+def test_rows_that_run_out_of_memory_in_company_do_not_fail(stub: Child) -> None:
+    stub.submit(1, [line(0), line(1, "OOM"), line(2, "OOM1"), *(line(at) for at in range(3, 20))])
+    stub.until(Kind.END)
+    rows = stub.rows(1)
+    assert len(rows) == 20
+    assert {at: error_of(row) for at, row in rows.items() if row.failed} == {2: "out_of_memory"}
+
+
+def test_identical_rows_run_once_unless_the_job_says_otherwise(stub: Child) -> None:
+    stub.submit(1, [line(at, "same") for at in range(5)])
+    stub.until(Kind.END)
+    assert stub.of(Kind.RUNNING)[0].fields["started"] == [[1, 0]]
+    assert {json.loads(row.line)["custom_id"] for row in stub.rows(1).values()} == {f"r{at}" for at in range(5)}
+    spec = JobSpec(id="each", base_id="any", names=JobNames(base="stub"), dedupe=False)
+    stub.send(Kind.JOB, spec=spec.model_dump(mode="json"))
+    stub.submit(2, [line(at, "same") for at in range(5)], job="each")
+    stub.until(Kind.END)
+    assert len(stub.of(Kind.RUNNING)[1].fields["started"]) == 5
+
+
 def test_a_row_that_kills_it_was_named_before(stub: Child) -> None:
     stub.submit(1, [line(0), line(1, "ABORT")])
     with pytest.raises(AssertionError, match=f"ended with {-signal.SIGABRT}"):
