@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What a machine with a lent GPU may not have is imported where it is used: redis, and:
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:
