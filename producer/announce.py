@@ -1,4 +1,4 @@
-"""Tells workers that there is a job: tickets, where there is a broker for them. They would find it by themselves too."""
+"""Tells workers that there is a job, by tickets where there is a broker. They would find it by themselves too."""
 
 from __future__ import annotations
 
