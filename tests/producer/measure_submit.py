@@ -1,4 +1,4 @@
-"""`python tests/producer/measure_submit.py ROWS`: the memory and the time of submitting so many short rows to SQLite."""
+"""`measure_submit.py ROWS`: the memory and the time of submitting so many short rows to SQLite, phase by phase."""
 
 import json
 import resource
