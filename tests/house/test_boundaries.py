@@ -45,6 +45,13 @@ ALLOWED = {
     },
     "producer/worker_command.py": {"loramill.worker", "loramill.schemas"},
     "producer/mill.py": {"loramill.worker.models", *SETTINGS, "loramill.schemas", "loramill.store"},
+    "producer/offers.py": {"loramill.worker.tokenizers", "loramill.schemas", "loramill.store"},
+    "producer/served.py": {
+        *("loramill.worker.models", "loramill.worker.manifest"),
+        *(*SETTINGS, "loramill.schemas", "loramill.store"),
+    },
+    "producer/announce.py": {"loramill.worker.tickets", "loramill.store"},
+    "producer/submit_file.py": {"loramill.worker.base_files", "loramill.schemas", "loramill.store"},
 }
 
 # Only inside functions: whoever asks for --help or only validates must not wait for these.
