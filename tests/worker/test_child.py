@@ -245,7 +245,7 @@ def test_it_ends_with_its_input(stub: Child, amid: bool) -> None:
     assert stub.process.wait(5) == 0
 
 
-def test_what_is_no_frame_ends_it(stub: Child, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_frame_ends_it(capfd: pytest.CaptureFixture[str], stub: Child) -> None:
     assert stub.process.stdin is not None
     stub.process.stdin.write(b"\xff" * 16)
     stub.process.stdin.flush()
