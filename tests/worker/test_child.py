@@ -245,11 +245,13 @@ def test_it_ends_with_its_input(stub: Child, amid: bool) -> None:
     assert stub.process.wait(5) == 0
 
 
-def test_what_is_no_frame_ends_it(capfd: pytest.CaptureFixture[str], stub: Child) -> None:
-    assert stub.process.stdin is not None
-    stub.process.stdin.write(b"\xff" * 16)
-    stub.process.stdin.flush()
-    assert stub.process.wait(5) == 1
+def test_what_is_no_frame_ends_it(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    child = start()
+    child.until(Kind.READY)
+    assert child.process.stdin is not None
+    child.process.stdin.write(b"\xff" * 16)
+    child.process.stdin.flush()
+    assert child.process.wait(5) == 1
     assert "not a frame" in capfd.readouterr().err
 
 
