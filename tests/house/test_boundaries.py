@@ -37,6 +37,7 @@ ALLOWED = {
     "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
+    "producer/doctor_engine.py": {"loramill.worker", "loramill.kernels", "torch"},
     "producer/verify.py": {"loramill.worker", "loramill.schemas", "click", "torch", "transformers", "peft"},
     "producer/run.py": {
         *("loramill.worker.models", "loramill.worker.base_files"),
@@ -55,6 +56,7 @@ PURE = (
     *("worker/scheduler.py", "worker/slots.py", "worker/forecast.py", "worker/pressure.py"),
     *("producer/plan.py", "producer/waves.py", "producer/units.py", "producer/work.py", "producer/costs.py"),
     *("producer/modes.py", "producer/predict.py", "producer/traffic.py", "producer/explain.py"),
+    "producer/shards.py",
 )
 PURE_LIBRARY = {
     *("__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math"),
