@@ -1,4 +1,4 @@
-"""`python -m bench.queue_embedded ROWS JOURNAL`: rows by the runner with the stub engine into a journal, in one process.
+"""`python -m bench.queue_embedded ROWS JOURNAL`: rows by the runner and the stub engine into a journal, in one process.
 
 Prints what it took, as JSON. Of `python -m bench.queue`.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from loramill.schemas.names import Named, Names
 from loramill.store.journal import Journal
-from loramill.worker.shard_runner import Job, Shard, ShardRunner
 from loramill.worker.settings import ModelOptions
+from loramill.worker.shard_runner import Job, Shard, ShardRunner
 from tests import stub_engine
 
 

@@ -25,7 +25,7 @@ QUEUE_SIDE = {
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
         *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
-        *("worker_settings", "worker_log", "child", "engine_process", "manifest", "frames"),
+        *("worker_settings", "worker_log", "child", "engine_process", "handle", "manifest", "frames"),
     )
 }
 ALLOWED = {
