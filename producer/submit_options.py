@@ -9,11 +9,11 @@ from typing import Any, cast
 import click
 
 from loramill.producer.ask import MAX_JOB_BYTES, MAX_JOB_ROWS, Ask, OnInvalid, new_id
-from loramill.producer.durations import seconds_of
-from loramill.producer.store_options import STORE_FLAGS, StoreOptions
+from loramill.producer.store_options import StoreOptions
 from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.durations import seconds_of
 from loramill.worker.settings import MODEL_FLAGS, POSITIVE, ModelOptions, flag, flagged, size
-from loramill.worker.worker_settings import BROKER
+from loramill.worker.worker_settings import BROKER, STORE_FLAGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
