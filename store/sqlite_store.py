@@ -75,7 +75,8 @@ class SqliteStore(JobStore):
     def accept(self, job_id: str) -> Job:
         with self._database.write() as db:
             now_ms = self._now_ms()
-            jobs.accept(db, jobs.staged(db, job_id, now_ms), now_ms)
+            if not _is(db, job_id, "accepted_ms IS NOT NULL"):
+                jobs.accept(db, jobs.staged(db, job_id, now_ms), now_ms)
             return jobs.find(db, job_id)
 
     def refuse(self, job_id: str, errors: Sequence[JobError]) -> Job:

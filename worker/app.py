@@ -3,6 +3,7 @@ variables; `loramill worker` runs it with those of its own flags."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -10,8 +11,9 @@ import time
 import warnings
 from typing import Any, NoReturn
 
-from celery import signals
+from celery import Celery, signals
 from celery.apps.worker import Worker
+from celery.exceptions import CPendingDeprecationWarning
 from celery.platforms import SecurityWarning
 from celery.worker import state
 
@@ -20,23 +22,23 @@ from loramill.worker.base_files import base_name_of
 from loramill.worker.housekeeping import Housekeeping
 from loramill.worker.node import Node, open_node
 from loramill.worker.tickets import TASK, broker_of, make_app, top_up
-from loramill.worker.worker_log import log
+from loramill.worker.worker_log import line_of, log
 from loramill.worker.worker_settings import LIFELINE, WorkerOptions, worker_options_from
 
 warnings.simplefilter("ignore", SecurityWarning)  # of running as root: in a container there is nobody else
+# Of a setting for late acknowledgements, which there are none of.
+warnings.simplefilter("ignore", CPendingDeprecationWarning)
 
 LOOK_S = 0.2
 LAST_S = 1.0
 """What Celery gets to end by itself once nothing is left to wait for."""
 
 
-def _options() -> WorkerOptions:
-    try:
-        options = worker_options_from(os.environ)
-        broker_of(options.store, options.broker)
-    except Failure as failure:
-        _end(failure)
-    return options
+def _read() -> tuple[WorkerOptions, Celery]:
+    options = worker_options_from(os.environ)
+    broker = broker_of(options.store, options.broker)
+    base = options.base_name or base_name_of(options.base_model)
+    return options, make_app(broker, prefix=options.store_prefix, base=base)
 
 
 def _end(failure: Failure) -> NoReturn:
@@ -57,12 +59,11 @@ class _QuietWorker(Worker):  # type: ignore[misc]
         """None."""
 
 
-options = _options()
-app = make_app(
-    broker_of(options.store, options.broker),
-    prefix=options.prefix,
-    base=options.base_name or base_name_of(options.base_model),
-)
+options: WorkerOptions | Failure
+try:
+    options, app = _read()
+except Failure as failure:  # said when a worker starts, and not to whoever only imports this
+    options, app = failure, make_app("memory://", base="none")
 app.Worker = app.subclass_with_self(_QuietWorker, name="Worker")
 _serving: list[tuple[Node, Housekeeping]] = []
 
@@ -74,9 +75,26 @@ def work() -> None:
         node.work()
 
 
+class _OneLine(logging.Formatter):
+    """Celery's log as ours: a lost connection is one line, which names the error, and no traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        why = f": {record.exc_info[1]!r}" if record.exc_info and record.exc_info[1] else ""
+        return line_of(f"{record.getMessage().strip()}{why}")
+
+
+@signals.after_setup_logger.connect  # type: ignore[untyped-decorator]
+def _say_one_line(logger: logging.Logger, **_: Any) -> None:
+    for handler in logger.handlers:
+        handler.setFormatter(_OneLine())
+
+
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(**_: Any) -> None:
     try:
+        if isinstance(options, Failure):
+            raise options
         node = open_node(options)
     except Failure as failure:
         _end(failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import shlex
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import IO, Any
 
 from loramill.schemas.failures import ExitCode, Failure
@@ -22,6 +21,7 @@ from loramill.store.packing import Chunk
 from loramill.store.records import Claim
 from loramill.worker.devices import Device
 from loramill.worker.frames import Frame, Kind, read_frame, write_frame
+from loramill.worker.handle import Died, Ended, Handle
 from loramill.worker.settings import ModelOptions
 from loramill.worker.stopwatch import Stopwatch
 from loramill.worker.worker_log import log
@@ -35,49 +35,6 @@ GOOD_S = 60.0
 MAX_EARLY_DEATHS = 3
 """Deaths in a row before it was ready."""
 LOOK_S = 1.0
-
-
-@dataclass(slots=True, frozen=True)
-class Ended:
-    """No more rows of the shard will come."""
-
-
-@dataclass(slots=True, frozen=True)
-class Died:
-    """The engine died, and with it what it had of the shard."""
-
-    suspects: tuple[int, ...] = ()
-    """Positions of the rows that were running, as far as their results had not come."""
-    alone: int | None = None
-    """The one row that was in the engine at all."""
-
-
-class Handle:
-    """A shard in an engine. Its events come in order: chunks, and then Ended or Died, once."""
-
-    def __init__(self, engine: EngineProcess, key: int, job: str) -> None:
-        self.key, self.job = key, job
-        self.ended = False
-        """Whether all that will come has come; it may still wait to be taken."""
-        self._engine = engine
-        self._events: queue.SimpleQueue[Chunk | Ended | Died] = queue.SimpleQueue()
-
-    def take(self, timeout_s: float) -> Chunk | Ended | Died | None:
-        """The next event; None if there is none within the time."""
-        try:
-            return self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-
-    def stop(self, *, now: bool) -> None:
-        """No further row starts; with `now` the running ones are dropped too. What is finished still comes."""
-        if not self.ended:
-            self._engine.send(Kind.STOP, key=self.key, now=now)
-
-    def put(self, event: Chunk | Ended | Died) -> None:
-        """For the engine's reader."""
-        self.ended = self.ended or not isinstance(event, Chunk)
-        self._events.put(event)
 
 
 class EngineProcess:
@@ -129,7 +86,7 @@ class EngineProcess:
         job = spec.id
         with self._lock:
             self._last_key += 1
-            handle = Handle(self, self._last_key, job)
+            handle = Handle(self.send, self._last_key, job)
             if not self.ready:
                 handle.put(Died())
                 return handle

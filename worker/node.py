@@ -20,7 +20,7 @@ from loramill.worker.devices import take_devices
 from loramill.worker.drain import Drain
 from loramill.worker.engine_process import EngineProcess
 from loramill.worker.leases import Leases
-from loramill.worker.shard_run import TRANSIENT, ShardRun
+from loramill.worker.shard_run import ShardRun
 from loramill.worker.worker_log import log, log_seldom
 from loramill.worker.worker_settings import WorkerOptions
 
@@ -141,7 +141,7 @@ class Node:
             self.failure = failure
         for line in failure.lines:
             log(f"Error: {line}")
-        self.drain.ask()
+        self.drain.ask(at_once=True)
 
     def publish(self) -> None:
         """Lets the store know what the engines serve, once each. Raises StoreError."""
@@ -182,7 +182,7 @@ class Node:
             engine.close()
         try:
             self.store.goodbye(self.name)
-        except TRANSIENT as error:
+        except StoreError as error:
             log_seldom(f"worker {self.name} ends without a goodbye: {error}")
         self.store.close()
 
@@ -191,7 +191,7 @@ def open_node(options: WorkerOptions) -> Node:
     """A worker with its store open and its devices taken, not started. Raises Failure: MACHINE for a store or a device
     that cannot be had, USAGE for a URL or a device that is none."""
     try:
-        store = open_store(options.store, files=options.files, prefix=options.prefix, lease_s=options.lease_s)
+        store = open_store(options.store, files=options.files, prefix=options.store_prefix, lease_s=options.lease_s)
     except StoreError as error:
         raise Failure(ExitCode.MACHINE, str(error)) from error
     except ValueError as error:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from loramill.schemas.failures import ExitCode
 from loramill.worker.housekeeping import Housekeeping
 from loramill.worker.node import Node, open_node
 from loramill.worker.worker_log import log
@@ -90,4 +91,4 @@ def serve(options: WorkerOptions) -> int:
         log(f"worker {node.name}: finishing the rows that run; once more to stop at once")
     crew.drain(hurried=lambda: asked.times > 1)
     crew.close()
-    return crew.code or 0
+    return int(ExitCode.INTERRUPTED) if asked.times > 1 else crew.code or 0

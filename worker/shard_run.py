@@ -14,7 +14,8 @@ from loramill.store.errors import Fenced, JobNotFound, StoreError, StoreFull, St
 from loramill.store.packing import Chunk, unpack_shard
 from loramill.store.records import Claim, Committed, DoneRow, Lease, Verdict
 from loramill.worker.drain import Drain
-from loramill.worker.engine_process import Died, Ended, EngineProcess, Handle
+from loramill.worker.engine_process import EngineProcess
+from loramill.worker.handle import Died, Ended, Handle
 from loramill.worker.leases import Held, Leases
 from loramill.worker.worker_log import log, log_seldom
 
