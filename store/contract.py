@@ -9,6 +9,7 @@ from typing import Self
 
 from loramill.schemas.job import JobError, JobSpec
 from loramill.schemas.manifest import Manifest
+from loramill.store.errors import JobNotFound
 from loramill.store.packing import Chunk, pack_shard, unpack_shard
 from loramill.store.part_files import Files
 from loramill.store.parts import fetch, fetch_chunk, keep, keep_chunk, part_name
@@ -91,8 +92,12 @@ class JobStore(ABC):
     def abandon(self, job_id: str) -> None:
         """Removes a staged job without a trace; nothing if there is none."""
         self._remove(job_id, only_staged=True)
-        if self.files is not None:
-            self.files.remove(job_id)
+        try:
+            # A submit that did not hear of its acceptance abandons an accepted job, which needs its files.
+            self.job(job_id)
+        except JobNotFound:
+            if self.files is not None:
+                self.files.remove(job_id)
 
     # Looking.
 

@@ -50,9 +50,10 @@ def fetch_chunk(files: Files | None, entry: bytes) -> Chunk:
 
 
 def part_name(lease: Lease, chunk: Chunk) -> str:
-    """Of the part file of a chunk: the same when a commit is tried again, and never another lease's."""
+    """Of the part file of a chunk: the same when a commit is tried again, and never another lease's or another chunk's.
+    An entry that speaks of a file needs that very file, so two chunks of one lease must not share a name."""
     first = int(chunk.index["position"][0])
-    return f"{lease.job}/part-{lease.shard:06}-{lease.token}-{first:06}-{len(chunk):06}.jsonl.zst"
+    return f"{lease.job}/part-{lease.shard:06}-{lease.token}-{first:06}-{_sha256(chunk.lines)[:16]}.jsonl.zst"
 
 
 def _sha256(payload: bytes) -> str:
