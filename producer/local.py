@@ -11,21 +11,18 @@ from loramill.producer.costs import Costs, Timing, fit
 from loramill.producer.index import Index
 from loramill.producer.job_plan import AdapterFacts, Draft, JobPlan
 from loramill.producer.reader import Input
-from loramill.schemas.errors import did_you_mean
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.names import Names
 from loramill.store.journal import DoneRow
-from loramill.worker.adapters import Adapter, AdapterError
-from loramill.worker.engine import Engine, EngineConfig
+from loramill.worker.adapters import Adapter
 from loramill.worker.forecast import Forecast
+from loramill.worker.loading import load_engine, pinned_by
 from loramill.worker.measure import measure, tokens_to_measure
-from loramill.worker.model import ModelError
 from loramill.worker.models import Models
 from loramill.worker.request import EngineStats
 from loramill.worker.settings import ModelOptions
 from loramill.worker.shard_runner import Job, ShardRunner
 from loramill.worker.shard_runner import Shard as Shard  # the Python API's name for it
-from loramill.worker.slots import Eviction
 
 MEASURED_SHARE = 1 / 40
 """Of a job's tokens: `auto` measures what passes cost if that takes no more; below, there is too little to save."""
@@ -46,31 +43,9 @@ class LocalEngine:
         rows can come to, all of them by default. Raises Failure (USAGE for --pin, otherwise INPUT)."""
         self._base = models.base
         self._options = options
-        registered = {name: models.adapters[name] for name in (models.adapters if adapters is None else adapters)}
-        self._pinned = _pinned(models, options)
+        self._pinned = pinned_by(models, options)
         self._facts = {a.sha256: AdapterFacts(a.rank, bool(a.static_only)) for a in models.adapters.values()}
-        config = EngineConfig(
-            models.base,
-            dtype=options.dtype,
-            device=options.device,
-            max_loras_per_batch=options.max_loras_per_batch,
-            max_loaded_loras=options.max_loaded_loras,
-            lora_host_bytes=options.lora_host_bytes,
-            lora_eviction=Eviction(options.lora_eviction_policy),
-            pinned=self._pinned,
-            merging=options.lora_mode != "dynamic",
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            kv_cache_memory=options.kv_cache_memory,
-            max_row_tokens=longest_row,
-        )
-        known = [*registered.values(), *(a for a in models.adapters.values() if a.sha256 in self._pinned)]
-        try:
-            self._engine = Engine(config, known)
-            if options.preload:
-                self._engine.preload()
-        except (ModelError, AdapterError, ValueError) as error:
-            raise Failure(ExitCode.INPUT, str(error)) from error
+        self._engine = load_engine(models, options, longest_row=longest_row, adapters=adapters)
         self.runner = ShardRunner(self._engine, models.prompter)
         self._costs: Costs | None = None
 
@@ -182,23 +157,6 @@ class LocalEngine:
             if any(one.rows for one in timings):  # rows of a single token never decode
                 self._costs = fit(timings, merge_s=measured.merge_s, load_s=measured.load_s, read_s=measured.read_s)
         return self._costs
-
-
-def _pinned(models: Models, options: ModelOptions) -> frozenset[str]:
-    """Content hashes of --pin. Raises Failure (USAGE)."""
-    for name in options.pinned:
-        if name not in models.adapters:
-            raise Failure(
-                ExitCode.USAGE, f"--pin {name}: no adapter has that name{did_you_mean(name, models.adapters)}"
-            )
-        if reasons := models.adapters[name].static_only:
-            raise Failure(ExitCode.USAGE, f"--pin {name}: it can only be served merged: {'; '.join(reasons)}")
-    pinned = frozenset(models.adapters[name].sha256 for name in options.pinned)
-    others = {adapter.sha256 for adapter in models.adapters.values()} - pinned
-    if len(pinned) > options.max_loras_per_batch - bool(others):
-        slots = f"--max-loras-per-batch {options.max_loras_per_batch}"
-        raise Failure(ExitCode.USAGE, f"--pin: {len(pinned)} adapters leave no slot of {slots} for the others")
-    return pinned
 
 
 def _read(source: Input, index: Index, order: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:

@@ -76,10 +76,15 @@ def adapter_template(folder: Path) -> str | None:
     return None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a base's or an adapter's tokenizer and chat template, by name."""
+    return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name) and path.is_file())
+
+
 def tokenizer_sha256(folder: Path) -> str:
     """Identifies a base's or an adapter's tokenizer and chat template, by the content of their files."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name) and path.is_file()):
+    for path in tokenizer_files(folder):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Sequence as Several
 
 import torch
 from torch import Tensor
@@ -84,9 +85,13 @@ class Engine:
             self._scheduler.add(Sequence(request, index, list(request.prompt)))
 
     @torch.inference_mode()
-    def step(self) -> list[Result]:
-        """Run one forward pass; the rows that it finished. Nothing to do is an empty list."""
-        return self._pass()[0]
+    def step(self, on_start: Callable[[Several[int]], None] | None = None) -> list[Result]:
+        """Run one forward pass; the rows that it finished. Nothing to do is an empty list.
+
+        `on_start` is told the keys of rows of which an answer is begun in this pass, before anything is done for them:
+        of those that start over as well.
+        """
+        return self._pass(on_start)[0]
 
     @torch.inference_mode()
     def next_logits(self, prompt: list[int], mix: Mix = (), *, merged: bool = False) -> Tensor:
@@ -106,10 +111,12 @@ class Engine:
             raise ValueError(results[0].error)
         return logits[0].float()
 
-    def _pass(self) -> tuple[list[Result], Tensor | None]:
+    def _pass(self, on_start: Callable[[Several[int]], None] | None = None) -> tuple[list[Result], Tensor | None]:
         """One pass: the rows that it finished, and the logits [O, vocab] of those that got a token."""
         scheduler = self._scheduler
         step = scheduler.schedule()
+        if on_start is not None and (begun := [c.sequence.request.key for c in step.chunks if not c.start]):
+            on_start(begun)
         failed = self._fail_rows_of(self._residency.prepare(step, scheduler))
         self._cache.carry_out(scheduler.slabs.moves)
         scheduler.slabs.moves.clear()
@@ -169,6 +176,12 @@ class Engine:
             self._answers.drop(key)
         return keys
 
+    def cancel(self, keys: Collection[int]) -> None:
+        """Drop these rows, running or not; their keys may be used again."""
+        self._scheduler.cancel(set(keys))
+        for key in keys:
+            self._answers.drop(key)
+
     @property
     def num_waiting(self) -> int:
         """Answers not started (a row of n counts n times)."""
@@ -183,6 +196,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def resident(self) -> list[str]:
+        """Content hashes of the adapters whose rows need no load: those in slots, and those that are merged."""
+        return sorted(self._scheduler.slots.resident.union(adapter for adapter, _ in self._scheduler.weights))
 
     @property
     def stats(self) -> EngineStats:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from loramill.schemas.errors import LineError
 from loramill.schemas.prompt import Prompter
 from loramill.schemas.request import Row
-from loramill.schemas.response import Choice, TokenInfo, error_line
-from loramill.store.journal import DoneRow
-from loramill.worker.request import Completion, FinishReason, TokenLogprob
+from loramill.schemas.response import Answer, Choice, Served, TokenInfo, error_line, ok_line
+from loramill.store.records import DoneRow
+from loramill.worker.request import Completion, FinishReason, Result, TokenLogprob
+from loramill.worker.shard import InFlight
 
 ENGINE_ERROR = "engine_error"
 ADAPTER_UNAVAILABLE = "adapter_unavailable"
@@ -28,6 +30,20 @@ def engine_failure(
     """A row that the engine could not answer, as a line of the error file."""
     line = error_line(job_id, number, row.custom_id, why, code=code, status=500)
     return DoneRow(number, True, line, prompt_tokens)
+
+
+def answered(done: InFlight, result: Result) -> DoneRow:
+    """A row that the engine answered, as a line of the output."""
+    job, row, names = done.shard.job, done.row, done.shard.job.names
+    answer = Answer(
+        choices=[choice(completion, done.prompter) for completion in result.completions],
+        prompt_tokens=result.prompt_tokens,
+        model=row.model or names.base,
+        adapters=[Served(name, names.adapters[name].sha256, strength) for name, strength in done.uses],
+        mode="base" if not done.request.mix else "static" if done.request.merged else "dynamic",
+    )
+    line = ok_line(job.id, done.number, row, answer, int(time.time()))
+    return DoneRow(done.number, False, line, result.prompt_tokens, answer.completion_tokens)
 
 
 def choice(completion: Completion, prompter: Prompter) -> Choice:

@@ -137,6 +137,13 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s.request.key in begun)
         return dropped
 
+    def cancel(self, keys: Container[int]) -> None:
+        """Drop all sequences of these rows, those that run included."""
+        self.waiting = deque(s for s in self.waiting if s.request.key not in keys)
+        for sequence in [s for s in self.running if s.request.key in keys]:
+            self.finish(sequence, failed=_amid_prompt(sequence))
+        self._admissible = True
+
     @property
     def wanted(self) -> dict[str, None]:
         """The adapters that waiting rows need in slots, in the order of the rows."""
@@ -230,8 +237,7 @@ class Scheduler:
                 self._preempt(self.running.pop())
 
     def _preempt(self, sequence: Sequence) -> None:
-        # Amid its prompt nothing was drawn yet that would have shown a NaN.
-        self._release(sequence, wipe=sequence.computed < len(sequence.request.prompt))
+        self._release(sequence, wipe=_amid_prompt(sequence))
         sequence.computed = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
@@ -245,6 +251,11 @@ class Scheduler:
                 self.slots.release(adapter)
         sequence.slots = ()
         self._admissible = True
+
+
+def _amid_prompt(sequence: Sequence) -> bool:
+    """Whether nothing was drawn yet that would have shown a NaN in what the cache has of it."""
+    return sequence.computed < len(sequence.request.prompt)
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:

@@ -4,88 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol
 
 from loramill.schemas.errors import LineError
-from loramill.schemas.names import Names, Uses
+from loramill.schemas.names import Uses
 from loramill.schemas.prompt import Prompter
 from loramill.schemas.prompters import Prompters
 from loramill.schemas.request import Row, parse_line
-from loramill.schemas.response import Answer, Served, ok_line
 from loramill.schemas.sampling import resolve_params
-from loramill.store.journal import DoneRow
-from loramill.worker.forecast import Forecast
-from loramill.worker.request import AdapterUnavailable, Mix, Request, Result, Sampling
-from loramill.worker.result_lines import ADAPTER_UNAVAILABLE, ENGINE_ERROR, choice, engine_failure, failed_row
+from loramill.worker.request import AdapterUnavailable, Request, Result, Sampling
+from loramill.worker.result_lines import ADAPTER_UNAVAILABLE, ENGINE_ERROR, answered, engine_failure, failed_row
+from loramill.worker.shard import InFlight
+from loramill.worker.shard import Job as Job
+from loramill.worker.shard import RowEngine as RowEngine
+from loramill.worker.shard import Shard as Shard
 
 WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
 FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
 FEED_BYTES = 2**20  # bounds what a batch of long lines holds
 EMIT_ROWS = 512
 EMIT_EVERY_S = 0.2  # what a kill can cost; a commit's fsync is then below 5 % of the time even on a slow disk
-
-
-class RowEngine(Protocol):
-    """The part of worker.engine.Engine that is used."""
-
-    max_num_seqs: int
-
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def has_work(self) -> bool: ...
-    def add(self, request: Request) -> None: ...
-    def step(self) -> list[Result]: ...
-    def cancel_waiting(self) -> list[int]: ...
-    def watch(self, forecast: Forecast) -> None: ...
-    def unwatch(self, forecast: Forecast) -> None: ...
-
-
-@dataclass(slots=True, frozen=True)
-class Job:
-    """What all rows of a job share."""
-
-    id: str
-    """Result ids are made of it and the row's number: a rerun makes the same ones."""
-    names: Names
-    """What the rows can name; their adapters are registered with the engine by content hash."""
-    defaults: Mapping[str, float]
-    """Sampling values of rows that leave them out."""
-    max_model_len: int
-    seed: int = 0
-
-
-def _never(mix: Mix) -> bool:
-    return False
-
-
-@dataclass(slots=True, eq=False)
-class Shard:
-    """Rows to run. `rows` yields (row number, line) in the order in which they should start, and is read lazily;
-    `emit` takes finished rows in batches, in any order; `merged` says which mixes are served statically."""
-
-    job: Job
-    rows: Iterator[tuple[int, bytes]]
-    emit: Callable[[list[DoneRow]], None]
-    merged: Callable[[Mix], bool] = _never
-    forecast: Forecast | None = None
-    """Which adapters the rows ask for, in their order."""
-    finished: list[DoneRow] = field(default_factory=list)
-    """Waiting to be emitted."""
-    in_flight: int = 0
-
-
-@dataclass(slots=True)
-class _InFlight:
-    shard: Shard
-    number: int
-    row: Row
-    uses: Uses
-    prompter: Prompter
-    request: Request
 
 
 class ShardRunner:
@@ -98,8 +37,10 @@ class ShardRunner:
         self._clock = clock
         self._shards: list[Shard] = []
         self._unread: deque[Shard] = deque()
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._next_key = 0
+        self._lone: int | None = None
+        """The key of the row that was last given the engine for itself."""
         self._emitted_at = clock()
 
     @property
@@ -114,24 +55,34 @@ class ShardRunner:
         if shard.forecast is not None:
             self._engine.watch(shard.forecast)
 
+    def holds(self, shard: Shard) -> bool:
+        """Whether a row of `shard` is still to be run or to be emitted."""
+        return shard in self._shards
+
     def step(self) -> None:
         """Feeds the engine, runs one forward pass, and emits what has finished."""
         self._feed()
-        for result in self._engine.step() if self._engine.has_work else ():
+        for result in self._engine.step(self._starting) if self._engine.has_work else ():
             self._finish(result)
         self._emit_due()
 
-    def cancel(self, shard: Shard) -> None:
-        """Starts no further row of `shard`; those in flight still finish and are emitted."""
+    def cancel(self, shard: Shard, *, now: bool = False) -> None:
+        """Starts no further row of `shard`. Those in flight still finish and are emitted; with `now` they are dropped,
+        and only what has finished is emitted."""
         if shard in self._unread:
             self._read_no_more(shard)
+        shard.apart.clear()
         for key in self._engine.cancel_waiting():
             waiting = self._in_flight[key]
             if waiting.shard is shard:
-                del self._in_flight[key]
-                shard.in_flight -= 1
+                self._forget(key)
             else:
                 self._engine.add(waiting.request)
+        if now:
+            running = [key for key, one in self._in_flight.items() if one.shard is shard]
+            self._engine.cancel(running)
+            for key in running:
+                self._forget(key)
 
     def emit_all(self) -> None:
         """Emits every finished row, and lets go of the shards that are done."""
@@ -139,11 +90,13 @@ class ShardRunner:
             if shard.finished:
                 finished, shard.finished = shard.finished, []
                 shard.emit(finished)
-            if not shard.in_flight and shard not in self._unread:
+            if not shard.in_flight and not shard.apart and shard not in self._unread:
                 self._shards.remove(shard)
         self._emitted_at = self._clock()
 
     def _feed(self) -> None:
+        if self._feed_apart():
+            return
         wanted = WAITING_PER_SEQ * self._engine.max_num_seqs
         # Below half, then up to the brim: rows are tokenized many at a time.
         if self._engine.num_waiting > wanted // 2:
@@ -157,7 +110,40 @@ class ShardRunner:
                 continue
             if shard.forecast is not None:
                 shard.forecast.take(len(batch))
+            if shard.alone:
+                shard.apart.extend(row for row in batch if row[0] in shard.alone)
+                batch = [row for row in batch if row[0] not in shard.alone]
             self._admit(shard, batch)
+
+    def _feed_apart(self) -> bool:
+        """Sees to the rows that run alone: whether one does, or waits for the engine to empty, so that no other starts.
+
+        All of a shard's go one after another: the engine empties once for them, and not for each."""
+        if self._lone in self._in_flight:
+            return True
+        ready = (s for s in self._shards if s.apart and not s.in_flight and s not in self._unread)
+        shard = next(ready, None)
+        if shard is None:
+            return False
+        if not self._in_flight:
+            self._admit(shard, [shard.apart.popleft()])
+            self._lone = self._next_key
+        return True
+
+    def _starting(self, keys: Sequence[int]) -> None:
+        """The engine is about to run these rows; one that gave way to others comes again."""
+        started: dict[Shard, list[int]] = {}
+        for key in keys:
+            one = self._in_flight[key]
+            if not one.started:
+                one.started = True
+                started.setdefault(one.shard, []).append(one.number)
+        for shard, numbers in started.items():
+            if shard.on_start is not None:
+                shard.on_start(numbers, self._lone in keys)
+
+    def _forget(self, key: int) -> None:
+        self._in_flight.pop(key).shard.in_flight -= 1
 
     def _read_no_more(self, shard: Shard) -> None:
         self._unread.remove(shard)
@@ -189,7 +175,7 @@ class ShardRunner:
                 code = ADAPTER_UNAVAILABLE if isinstance(error, AdapterUnavailable) else ENGINE_ERROR
                 shard.finished.append(engine_failure(job.id, number, row, str(error), code=code))
             else:
-                self._in_flight[request.key] = _InFlight(shard, number, row, uses, prompter, request)
+                self._in_flight[request.key] = InFlight(shard, number, row, uses, prompter, request)
                 shard.in_flight += 1
 
     def _request(self, shard: Shard, row: Row, uses: Uses, prompt: list[int], prompter: Prompter) -> Request:
@@ -217,15 +203,7 @@ class ShardRunner:
             failed = engine_failure(job.id, done.number, done.row, result.error, result.prompt_tokens, result.code)
             shard.finished.append(failed)
             return
-        answer = Answer(
-            choices=[choice(completion, done.prompter) for completion in result.completions],
-            prompt_tokens=result.prompt_tokens,
-            model=done.row.model or job.names.base,
-            adapters=[Served(name, job.names.adapters[name].sha256, strength) for name, strength in done.uses],
-            mode="base" if not done.request.mix else "static" if done.request.merged else "dynamic",
-        )
-        line = ok_line(job.id, done.number, done.row, answer, int(time.time()))
-        shard.finished.append(DoneRow(done.number, False, line, result.prompt_tokens, answer.completion_tokens))
+        shard.finished.append(answered(done, result))
 
     def _emit_due(self) -> None:
         if (

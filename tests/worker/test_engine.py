@@ -138,6 +138,34 @@ def test_cancelling_leaves_what_runs_and_frees_the_keys(make_engine: Make) -> No
     assert engine.step() == []
 
 
+def test_rows_are_dropped_amid_their_answers_and_disturb_nobody(
+    family: Callable[[str], Any], make_engine: Make, answer: Answer
+) -> None:
+    adapter = family("llama").adapters[0].sha256
+    rows = [Request(k, [5 + k], Sampling(9, temperature=0, ignore_eos=True), plain(adapter)) for k in range(4)]
+    expected = tokens(answer(make_engine(), rows))
+    engine = make_engine(max_num_seqs=3)
+    for row in rows:
+        engine.add(row)
+    engine.step()
+    engine.step()
+    engine.cancel([0, 3])  # one runs, one waits
+    assert (engine.num_running, engine.num_waiting) == (2, 0)
+    engine.add(rows[0])
+    assert tokens(answer(engine, [])) == {key: expected[key] for key in (0, 1, 2)}
+    engine.forget(adapter)  # nothing holds it
+
+
+def test_a_pass_says_which_rows_it_begins(make_engine: Make) -> None:
+    engine = make_engine(max_num_seqs=2)
+    for key in range(3):
+        engine.add(Request(key, [5], Sampling(2, temperature=0, ignore_eos=True)))
+    begun: list[list[int]] = []
+    while engine.has_work:
+        engine.step(lambda keys: begun.append(list(keys)))
+    assert begun == [[0, 1], [2]]
+
+
 def test_what_cannot_be_queued_is_refused(family: Callable[[str], Any], make_engine: Make) -> None:
     engine = make_engine()
     engine.add(Request(0, [5], Sampling(3)))

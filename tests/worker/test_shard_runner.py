@@ -20,12 +20,16 @@ JOB = Job("job", NAMES, defaults={"temperature": 0.5}, max_model_len=64, seed=7)
 
 
 class EchoEngine:
-    """Answers up to `max_num_seqs` rows a step, each with its own prompt."""
+    """Answers up to `max_num_seqs` rows each `passes` steps, each with its own prompt."""
 
     max_num_seqs = 2
 
     def __init__(self) -> None:
         self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.passes = 1
+        self.left = 0
+        self.batches: list[list[int]] = []
         self.seen: list[Request] = []
         self.longest_queue = 0
         self.watched: list[Forecast] = []
@@ -38,7 +42,7 @@ class EchoEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -50,10 +54,19 @@ class EchoEngine:
     def unwatch(self, forecast: Forecast) -> None:
         self.watched.remove(forecast)
 
-    def step(self) -> list[Result]:
-        now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
-        self.seen += now
-        return [self.answer(request) for request in now]
+    def step(self, on_start: Any = None) -> list[Result]:
+        if not self.running:
+            now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
+            self.running, self.left = now, self.passes
+            self.seen += now
+            self.batches.append([request.key for request in now])
+            if on_start is not None:
+                on_start(self.batches[-1])
+        self.left -= 1
+        if self.left:
+            return []
+        done, self.running = self.running, []
+        return [self.answer(request) for request in done]
 
     def answer(self, request: Request) -> Result:
         if len(self.seen) == self.fails_on:
@@ -61,6 +74,9 @@ class EchoEngine:
         fields = {"token_ids": request.prompt, "finish_reason": FinishReason.LENGTH} | self.completion
         count = request.sampling.n
         return Result(request.key, len(request.prompt), [Completion(index, **fields) for index in range(count)])
+
+    def cancel(self, keys: Any) -> None:
+        self.running = [request for request in self.running if request.key not in keys]
 
     def cancel_waiting(self) -> list[int]:
         dropped, self.waiting = self.waiting, []
@@ -220,6 +236,65 @@ def test_cancel_starts_no_further_row_and_finishes_those_in_flight(engine, promp
     assert len(kept) + len(other) == len(engine.seen)
     assert len(kept) <= started
     assert sorted(row.row for row in other) == list(range(5)), "the other shard is not disturbed"
+
+
+def test_cancel_now_drops_what_runs_and_emits_what_has_finished(engine, prompter) -> None:
+    engine.passes = 2
+    kept: list[DoneRow] = []
+    other: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    first = Shard(JOB, iter([native(number) for number in range(5)]), kept.extend)
+    runner.submit(first)
+    for _ in range(3):
+        runner.step()  # two rows are finished, two run, one waits
+    runner.submit(Shard(JOB, iter([native(number) for number in range(9)]), other.extend))
+    runner.cancel(first, now=True)
+    runner.emit_all()
+    assert not runner.holds(first)
+    while runner.has_work:
+        runner.step()
+    assert sorted(row.row for row in kept) == [0, 1]
+    assert sorted(row.row for row in other) == list(range(9))
+
+
+def test_rows_that_run_alone_do_so_after_the_others_with_nothing_beside_them(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 4)
+    engine.passes = 2
+    started: list[tuple[str, list[int], bool]] = []
+    done: dict[str, list[DoneRow]] = {"a": [], "b": []}
+    runner = ShardRunner(engine, prompter)
+    for name, alone, count in (("a", {1, 3, 4}, 5), ("b", set(), 60)):
+        runner.submit(
+            Shard(
+                JOB,
+                iter([native(number) for number in range(count)]),
+                done[name].extend,
+                alone=alone,
+                on_start=lambda rows, lone, name=name: started.append((name, rows, lone)),
+            )
+        )
+    while runner.has_work:
+        runner.step()
+    assert {name: sorted(row.row for row in rows) for name, rows in done.items()} == {
+        "a": list(range(5)), "b": list(range(60))
+    }  # fmt: skip
+    assert [(name, rows) for name, rows, lone in started if lone] == [("a", [1]), ("a", [3]), ("a", [4])]
+    assert sum(len(rows) for _, rows, _ in started) == 65
+    lone = [len(batch) for batch in engine.batches].index(1)
+    assert [len(batch) for batch in engine.batches[lone : lone + 3]] == [1, 1, 1]
+    assert started[-1][0] == "b", "the other shard goes on afterwards"
+
+
+def test_a_cancelled_shard_runs_none_of_its_rows_alone(engine, prompter) -> None:
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    shard = Shard(JOB, iter([native(number) for number in range(3)]), done.extend, alone={2})
+    runner.submit(shard)
+    runner.step()
+    runner.cancel(shard)
+    while runner.has_work:
+        runner.step()
+    assert sorted(row.row for row in done) == [0, 1]
 
 
 def test_two_shards_with_the_same_row_numbers_do_not_mix(engine, prompter) -> None:

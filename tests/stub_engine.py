@@ -1,0 +1,202 @@
+"""`python -m tests.stub_engine`: an engine child without a model, which starts at once and obeys its prompts.
+
+It speaks the child's protocol through the real loop, and answers `ok:<prompt>`. Prompts that hold one of these words:
+ABORT dies; HANG never returns from its pass; OOM is out of memory in company, OOM1 always; SLOW takes SLOW_PASSES.
+Its base is `stub` and its adapters a00 to a15. The environment may set STUB_BASE (another base's name, and answers),
+STUB_STEP_S (seconds of a pass) and STUB_SEQS (rows of a pass).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from loramill.schemas.manifest import AdapterOffer, Manifest
+from loramill.schemas.names import Named
+from loramill.schemas.prompt import Limits, Prompter
+from loramill.worker import child
+from loramill.worker.forecast import Forecast
+from loramill.worker.request import AdapterUnavailable, Completion, EngineStats, FinishReason, Request, Result
+from loramill.worker.serving import Served
+from loramill.worker.settings import ModelOptions
+
+BASE = os.environ.get("STUB_BASE", "stub")
+STEP_S = float(os.environ.get("STUB_STEP_S", "0"))
+SEQS = int(os.environ.get("STUB_SEQS", "64"))
+SLOW_PASSES = 60
+SLOW_PASS_S = 0.05
+CONTEXT = 4096
+
+# A byte a token, spelled as GPT-2 spells bytes; 256 ends an answer.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_SPELLED = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + at) for at, byte in enumerate(_OTHERS)}
+VOCABULARY = {_SPELLED[byte]: byte for byte in range(256)}
+EOS = 256
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+TOKENIZER_FILES = {
+    "config.json": {"model_type": "gpt2", "vocab_size": 257},
+    "tokenizer_config.json": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": TEMPLATE
+    },
+    "tokenizer.json": {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": EOS, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": VOCABULARY, "merges": []},
+    },
+}  # fmt: skip
+
+
+class ByteTokenizer:
+    """What AutoTokenizer makes of TOKENIZER_FILES, without loading transformers."""
+
+    chat_template = TEMPLATE
+    eos_token_id = EOS
+
+    def __init__(self) -> None:
+        self.all_special_ids = [EOS]
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
+        return {"input_ids": [list(one.encode()) for one in text]}
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
+        said = "".join(f"{one['role']}: {one['content']}\n" for one in conversation)
+        return f"{said}assistant: "
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        return bytes(token for token in token_ids if token != EOS).decode(errors="replace")
+
+    def convert_ids_to_tokens(self, ids: Any, **options: Any) -> str:
+        return "</s>" if ids == EOS else _SPELLED[ids]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**VOCABULARY, "</s>": EOS}
+
+
+class StubEngine:
+    """Answers up to `max_num_seqs` rows a pass."""
+
+    device = "stub"
+
+    def __init__(self, adapters: Collection[str]) -> None:
+        """`adapters`: content hashes."""
+        self.max_num_seqs = SEQS
+        self.stats = EngineStats()
+        self.resident: list[str] = []
+        self._adapters = adapters
+        self._waiting: dict[int, Request] = {}
+        self._running: dict[int, tuple[Request, int]] = {}
+        """With the passes that are left."""
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        for sha256, _ in request.mix:
+            if sha256 not in self._adapters:
+                raise AdapterUnavailable(f"adapter {sha256} is not registered with this engine")
+        self._waiting[request.key] = request
+
+    def step(self, on_start: Callable[[Sequence[int]], None] | None = None) -> list[Result]:
+        begun = list(self._waiting)[: max(0, self.max_num_seqs - len(self._running))]
+        for key in begun:
+            request = self._waiting.pop(key)
+            self._running[key] = (request, SLOW_PASSES if b"SLOW" in _text(request) else 1)
+            self._hold(request)
+        if begun and on_start is not None:
+            on_start(begun)
+        time.sleep(STEP_S)
+        return self._pass()
+
+    def cancel_waiting(self) -> list[int]:
+        dropped, self._waiting = list(self._waiting), {}
+        return dropped
+
+    def cancel(self, keys: Collection[int]) -> None:
+        for key in keys:
+            self._waiting.pop(key, None)
+            self._running.pop(key, None)
+
+    def watch(self, forecast: Forecast) -> None: ...
+
+    def unwatch(self, forecast: Forecast) -> None: ...
+
+    def _pass(self) -> list[Result]:
+        self.stats.steps += 1
+        for request, _ in self._running.values():
+            text = _text(request)
+            if b"ABORT" in text:
+                os.abort()
+            while b"HANG" in text:
+                time.sleep(3600)
+        done = []
+        for key, (request, left) in list(self._running.items()):
+            if left > 1:
+                self._running[key] = (request, left - 1)
+                continue
+            del self._running[key]
+            said = [*f"{'ok' if BASE == 'stub' else BASE}:".encode(), *request.prompt, EOS]
+            self.stats.completion_tokens += len(said)
+            completions = [Completion(index, said, FinishReason.STOP) for index in range(request.sampling.n)]
+            done.append(Result(key, len(request.prompt), completions))
+        if not done:
+            time.sleep(SLOW_PASS_S)
+        return done
+
+    def _hold(self, request: Request) -> None:
+        for sha256, _ in request.mix:
+            if sha256 in self.resident:
+                self.resident.remove(sha256)
+            self.resident.append(sha256)
+        del self.resident[:-8]
+
+
+def _text(request: Request) -> bytes:
+    return bytes(token for token in request.prompt if token != EOS)
+
+
+def manifest() -> tuple[Manifest, dict[str, bytes]]:
+    """What the stub serves, and the tokenizer's files."""
+    files = {name: json.dumps(content).encode() for name, content in TOKENIZER_FILES.items()}
+    sha256s = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    offers = tuple(
+        AdapterOffer(name=f"a{number:02}", key=f"key-{number:02}", sha256=f"{number:064x}", rank=8, targets=("q_proj",))
+        for number in range(16)
+    )
+    made = Manifest(
+        base=BASE, parts={"base model": BASE}, max_model_len=CONTEXT, vocab_size=EOS + 1, max_loras=8,
+        sampling_defaults={}, tokenizer="bytes", tokenizers={"bytes": sha256s}, adapters=offers,
+    )  # fmt: skip
+    return made, {sha256s[name]: data for name, data in files.items()}
+
+
+def open_stub(options: ModelOptions) -> Served:
+    """The stub, whatever the settings say."""
+    offered, blobs = manifest()
+    adapters = {one.key: Named(one.sha256) for one in offered.adapters}
+    engine = StubEngine({one.sha256 for one in offered.adapters})
+    return Served(engine, offered, blobs, Prompter(ByteTokenizer(), Limits(CONTEXT, EOS + 1)), adapters)
+
+
+if __name__ == "__main__":
+    child.main(open_stub)
