@@ -2,12 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.servers import MISSING, RedisServer, has_redis
 
 # Without a device the Triton kernels run in Triton's interpreter; it must be asked for before triton is imported.
 if not torch.cuda.is_available():
@@ -110,3 +112,19 @@ def tiny_adapters(make_adapter: Callable[..., Path], tmp_path_factory: pytest.Te
     for seed, name in enumerate(("one", "two", "three")):
         make_adapter(root / name, seed=seed)
     return root
+
+
+@pytest.fixture(scope="session")
+def need_redis() -> None:
+    """A missing redis-server fails the test; who has none says LORAMILL_NO_REDIS=1, but not in CI."""
+    if not has_redis():
+        if os.environ.get("LORAMILL_NO_REDIS") == "1" and not os.environ.get("CI"):
+            pytest.skip(MISSING)
+        pytest.fail(MISSING, pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def redis_server(need_redis: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One for all tests that take nothing away from it; each uses a key prefix of its own."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server

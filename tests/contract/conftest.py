@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.places import ModelPlace, Place, SqlitePlace
+from tests.contract.places import ModelPlace, Place, RedisPlace, SqlitePlace
 
-STORES: tuple[str, ...] = ()
+STORES: tuple[str, ...] = ("redis", "redis+files")
 
 
 @pytest.fixture
@@ -16,6 +16,9 @@ def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Pl
     kind, _, files = request.param.partition("+")
     if kind == "model":
         return ModelPlace
+    if kind == "redis":
+        server = request.getfixturevalue("redis_server")
+        return lambda: RedisPlace(server, files=bool(files))
     return lambda: SqlitePlace(tmp_path, files=bool(files))
 
 

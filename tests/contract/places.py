@@ -15,6 +15,7 @@ from typing import Any
 from loramill.store.contract import JobStore
 from loramill.store.part_files import Files
 from tests.contract.model import Model
+from tests.servers import RedisServer
 
 
 @dataclass(slots=True)
@@ -69,3 +70,16 @@ class SqlitePlace(Place):
         from loramill.store.sqlite_store import SqliteStore
 
         return SqliteStore(self.path, files=self._files(), clock=self.clock, **options)
+
+
+class RedisPlace(Place):
+    """A prefix of its own on a server that all tests share."""
+
+    def __init__(self, server: RedisServer, *, files: bool) -> None:
+        super().__init__(files=files)
+        self.url, self.prefix = server.url, uuid.uuid4().hex
+
+    def open(self, **options: Any) -> JobStore:
+        from loramill.store.redis_store import RedisStore
+
+        return RedisStore(self.url, prefix=self.prefix, files=self._files(), clock=self.clock, **options)

@@ -27,10 +27,15 @@ def modules() -> set[str]:
     return {"loramill/__init__.py", *(f"loramill/{path.as_posix()}" for path in rooms)}
 
 
-def python_files(wheel: Path) -> dict[str, bytes]:
+def scripts() -> set[str]:
+    """What runs inside Redis, as its path in a wheel."""
+    return {f"loramill/{path.relative_to(REPO).as_posix()}" for path in (REPO / "store" / "lua").iterdir()}
+
+
+def shipped(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         assert "loramill/py.typed" in archive.namelist()
-        return {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
+        return {name: archive.read(name) for name in archive.namelist() if name.endswith((".py", ".lua"))}
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +59,15 @@ def wheel(tree: Path) -> Path:
 
 
 def test_wheel_holds_every_module(wheel: Path) -> None:
-    files = python_files(wheel)
-    assert set(files) == modules()
+    files = shipped(wheel)
+    assert set(files) == modules() | scripts()
     assert all(files[name] == (REPO / "src" / name).read_bytes() for name in files)
 
 
 def test_wheel_from_the_tree_is_the_same(tree: Path, wheel: Path) -> None:
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", "direct", cwd=tree)
     (direct,) = (tree / "direct").glob("*.whl")
-    assert python_files(direct) == python_files(wheel)
+    assert shipped(direct) == shipped(wheel)
 
 
 def test_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -1,0 +1,2 @@
+#!lua
+call('SET', PREFIX .. ':blob:' .. ARGV[4], ARGV[5])
