@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import loramill
+from loramill.producer import job_commands
 from loramill.producer.interrupts import held
 from loramill.producer.options import RunOptions, list_options, run_options, verify_options
 from loramill.schemas.failures import ExitCode, Failure
@@ -72,6 +73,10 @@ def verify(names: tuple[str, ...], **given: Any) -> ExitCode:
         from loramill.producer import verify as checks
 
     return checks.verify(names, **given)
+
+
+for command in job_commands.COMMANDS:
+    cli.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

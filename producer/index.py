@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from loramill.schemas.errors import printable
 from loramill.schemas.names import Uses
 
 MAX_SHOWN = 100
@@ -25,8 +26,7 @@ class Problem:
     def render(self, name: str) -> str:
         """`file:line: field: message`, safe for a terminal: names in it come from the file."""
         field = f"{self.param}: " if self.param else ""
-        text = f"{name}:{self.line}: {field}{self.message}"
-        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        return printable(f"{name}:{self.line}: {field}{self.message}")
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,6 +47,8 @@ class Index:
     """Answers asked for."""
     mixes: list[Uses]
     """Each once: the adapters that answer a row, with the strength of each."""
+    endpoints: frozenset[str]
+    """What rows ask for: /v1/chat/completions, /v1/completions."""
     total_rows: int
     """Non-blank lines, valid or not."""
     problem_count: int

@@ -1,4 +1,4 @@
-"""The invalid lines of a run that goes on without them, kept on disk until they go to the error file."""
+"""The invalid lines of an input: shown to whoever must mend them, or kept on disk by what goes on without them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from loramill.producer.index import Index
 from loramill.schemas.errors import LineError
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.response import error_line
 from loramill.store.journal import DoneRow
 
@@ -33,3 +35,11 @@ class InvalidLines:
     def close(self) -> None:
         """Lets the file go."""
         self._file.close()
+
+
+def refused(index: Index, name: str, what: str) -> Failure:
+    """Of an input that holds invalid lines: what is wrong with each that is shown, and what comes of it."""
+    shown = [problem.render(name) for problem in index.problems]
+    more = f" (the first {len(shown)} are shown)" if index.problem_count > len(shown) else ""
+    count = f"{index.problem_count:,} of {index.total_rows:,} lines are invalid{more}"
+    return Failure(ExitCode.INPUT, *shown, f"{count}: {what}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from loramill.producer.targets import errors_beside
 from loramill.worker.settings import (
     ADAPTER_FLAGS,
     ALLOW_NOOP,
@@ -40,12 +41,7 @@ class RunOptions(ModelOptions):
     @property
     def errors_path(self) -> Path:
         """Where failed rows go: `out.jsonl.gz` has `out.errors.jsonl.gz` beside it."""
-        if self.errors is not None:
-            return self.errors
-        stem, dot, suffixes = self.output.name.partition(".jsonl")
-        if not dot:
-            stem, suffixes = self.output.stem, self.output.suffix
-        return self.output.with_name(f"{stem}.errors{dot}{suffixes}")
+        return self.errors or errors_beside(self.output)
 
     @property
     def journal_path(self) -> Path:

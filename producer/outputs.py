@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from loramill.producer.options import RunOptions
+from loramill.producer.targets import check_target, refuse_clashes
+from loramill.producer.targets import refuse_existing as refuse
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.store.files import atomic_writer, remove_file
 from loramill.store.journal import Journal
@@ -18,18 +19,16 @@ def check_outputs(options: RunOptions) -> None:
     files = {"--output": options.output, "--errors": options.errors_path, "the journal": options.journal_path}
     if options.input != "-":
         files = {"--input": Path(options.input)} | files
-    _refuse_clashes(files)
+    refuse_clashes(files)
     for flag in ("--output", "--errors"):
-        _check_target(flag, files[flag])
+        check_target(flag, files[flag])
     if not options.journal_path.exists():
         refuse_existing(options)
 
 
 def refuse_existing(options: RunOptions) -> None:
     """Raises Failure (USAGE) if a result file is there already and may not be replaced."""
-    for path in (options.output, options.errors_path):
-        if path.exists() and not options.overwrite:
-            raise Failure(ExitCode.USAGE, f"{path} exists: pass --overwrite to replace it")
+    refuse((options.output, options.errors_path), overwrite=options.overwrite)
 
 
 def publish(journal: Journal, options: RunOptions) -> None:
@@ -50,30 +49,3 @@ def _assemble(journal: Journal, path: Path, *, failed: bool) -> None:
     with atomic_writer(path.resolve()) as write:
         for line in journal.lines(failed=failed):
             write(line + b"\n")
-
-
-def _refuse_clashes(files: dict[str, Path]) -> None:
-    seen: dict[Path, str] = {}
-    for flag, path in files.items():
-        real = path.resolve()
-        # The same file under another name: a hard link, or a file system that ignores case.
-        other = seen.get(real) or next((seen[old] for old in seen if _is_same(old, real)), None)
-        if other:
-            raise Failure(ExitCode.USAGE, f"{other} and {flag} are the same file: {path}")
-        seen[real] = flag
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
-
-
-def _check_target(flag: str, path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise Failure(ExitCode.USAGE, f"{flag} {path}: not a regular file")
-    if not path.parent.is_dir():
-        raise Failure(ExitCode.MACHINE, f"{flag} {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise Failure(ExitCode.MACHINE, f"{flag} {path}: the folder {path.parent} cannot be written")

@@ -21,13 +21,14 @@ _RATE_WINDOW_S = 15.0
 
 @dataclass(slots=True, frozen=True)
 class Moment:
-    """The run's counts at one moment; tokens count from the run's start."""
+    """The counts of a run, or of a job elsewhere, at one moment; tokens count from its start."""
 
     rows_done: int
     rows_failed: int
     prompt_tokens: int
     completion_tokens: int
-    adapters_resident: int
+    adapters_resident: int | None = None
+    """Of a run in this process."""
 
 
 class Progress:
@@ -80,6 +81,11 @@ class Progress:
             self._console.print(self._line())
         self._shown_at = now
 
+    def say(self, text: str) -> None:
+        """One line that stays, above the live one where there is one."""
+        if not self._quiet:
+            self._console.print(text, markup=False)
+
     def _line(self) -> str:
         since, first = self._seen[0]
         now, last = self._seen[-1]
@@ -92,8 +98,9 @@ class Progress:
             f"in {_rate(last.prompt_tokens - first.prompt_tokens, spent_s)}"
             f" out {_rate(last.completion_tokens - first.completion_tokens, spent_s)} tok/s",
             f"{last.rows_failed:,} failed",
-            f"{last.adapters_resident} adapters resident",
         ]
+        if last.adapters_resident is not None:
+            parts.append(f"{last.adapters_resident} adapters resident")
         return "  ".join(parts)
 
 

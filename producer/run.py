@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from loramill.producer.explain import explain
 from loramill.producer.index import Index
 from loramill.producer.interrupts import Interrupts
-from loramill.producer.invalid import InvalidLines
+from loramill.producer.invalid import InvalidLines, refused
 from loramill.producer.local import LocalEngine
 from loramill.producer.options import RunOptions
 from loramill.producer.outputs import check_outputs, publish, refuse_existing
@@ -81,10 +81,7 @@ def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidL
         on_progress=counter(f"checked {{}} lines of {source.name}", quiet=options.quiet),
     )
     if index.problem_count and not skip:
-        shown = [problem.render(source.name) for problem in index.problems]
-        more = f" (the first {len(shown)} are shown)" if index.problem_count > len(shown) else ""
-        count = f"{index.problem_count:,} of {index.total_rows:,} lines are invalid{more}"
-        raise Failure(ExitCode.INPUT, *shown, f"{count}: nothing was run; --on-invalid skip runs the others")
+        raise refused(index, source.name, "nothing was run; --on-invalid skip runs the others")
     for warning in models.warnings:
         note(f"Warning: {warning}", quiet=options.quiet)
     for name, problems in models.unusable.items():

@@ -88,6 +88,7 @@ class _Scan:
         self._prompt_tokens = array("i")
         self._max_tokens = array("i")
         self._n = array("i")
+        self._endpoints: set[str] = set()
         self._waiting: list[tuple[int, Row, Uses]] = []
         self._problems: list[Problem] = []
         self._problem_count = 0
@@ -130,6 +131,7 @@ class _Scan:
             return
         self._mix[position] = self._mixes.setdefault(uses, len(self._mixes) - 1)
         self._n[position] = row.params.samples
+        self._endpoints.add(row.endpoint.value)
         self._waiting.append((position, row, uses))
 
     def flush(self) -> None:
@@ -177,6 +179,7 @@ class _Scan:
             max_tokens=np.frombuffer(self._max_tokens, np.int32)[valid],
             n=np.frombuffer(self._n, np.int32)[valid],
             mixes=list(self._mixes)[1:],
+            endpoints=frozenset(self._endpoints),
             total_rows=self.rows,
             problem_count=self._problem_count,
             problems=self._first_problems(),

@@ -43,3 +43,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {one.lower(): one for one in known}
     near = get_close_matches(name.lower(), by_lower, n=1)
     return f"; did you mean `{by_lower[near[0]]}`?" if near else ""
+
+
+def printable(text: str) -> str:
+    """Text that others wrote, safe for a terminal: what would move the cursor or change colours is spelled out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

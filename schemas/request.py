@@ -71,11 +71,7 @@ def parse_line(raw: bytes, route_fields: Collection[str] = ()) -> Row:
     Raises LineError with the line's custom_id where it has one.
     """
     line = _load(raw)
-    is_envelope = any(mark in line for mark in _ENVELOPE_MARKS)
-    id_field = "custom_id" if is_envelope else "id"
-    custom_id = line.get(id_field)
-    if not is_envelope and type(custom_id) is int:
-        custom_id = str(custom_id)
+    is_envelope, id_field, custom_id = _find_id(line)
     try:
         checked = _check_id(custom_id, id_field)
         parse = _parse_envelope if is_envelope else _parse_native
@@ -83,6 +79,20 @@ def parse_line(raw: bytes, route_fields: Collection[str] = ()) -> Row:
     except LineError as error:
         error.custom_id = custom_id if isinstance(custom_id, str) else None
         raise
+
+
+def custom_id_of(raw: bytes) -> str:
+    """The custom_id of a line that was checked before, without checking it again. Raises LineError for any other."""
+    _, field, custom_id = _find_id(_load(raw))
+    return _check_id(custom_id, field)
+
+
+def _find_id(line: dict[str, Any]) -> tuple[bool, str, Any]:
+    """Whether it is an OpenAI batch line, what its id's field is called, and the id as it is to be checked."""
+    is_envelope = any(mark in line for mark in _ENVELOPE_MARKS)
+    field = "custom_id" if is_envelope else "id"
+    custom_id = line.get(field)
+    return is_envelope, field, str(custom_id) if not is_envelope and type(custom_id) is int else custom_id
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -125,14 +125,26 @@ def error_line(
     return _line(job, number, custom_id, status, {"error": error})
 
 
+def result_id_of(line: bytes) -> str | None:
+    """The custom_id of an output or error line; None if the row had none that could be read."""
+    custom_id: str | None = orjson.loads(line)["custom_id"]
+    return custom_id
+
+
+def never_run_line(job: str, number: int, custom_id: str, *, code: str, message: str) -> bytes:
+    """The error-file line of a row that its job ended without, without a newline: `error` says why, nobody answered."""
+    return orjson.dumps(_envelope(job, number, custom_id) | {"error": {"code": code, "message": message}})
+
+
 def _line(job: str, number: int, custom_id: str | None, status: int, body: dict[str, Any]) -> bytes:
-    line = {
-        "id": "batch_req_" + _digest(job, number, "line"),
-        "custom_id": custom_id,
-        "response": {"status_code": status, "request_id": "req_" + _digest(job, number, "request"), "body": body},
-        "error": None,
-    }
-    return orjson.dumps(line)
+    response = {"status_code": status, "request_id": "req_" + _digest(job, number, "request"), "body": body}
+    return orjson.dumps(_envelope(job, number, custom_id) | {"response": response})
+
+
+def _envelope(job: str, number: int, custom_id: str | None) -> dict[str, Any]:
+    return {
+        "id": "batch_req_" + _digest(job, number, "line"), "custom_id": custom_id, "response": None, "error": None,
+    }  # fmt: skip
 
 
 def _digest(job: str, number: int, kind: str) -> str:

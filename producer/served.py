@@ -1,0 +1,62 @@
+"""What can be asked of a store's workers: as they published it, or as models that are opened here will be served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loramill.producer.offers import Able, Offer, able, choose, of_base, open_offer
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.schemas.manifest import Manifest
+from loramill.store.contract import JobStore
+from loramill.store.records import WorkerRecord
+from loramill.worker.settings import ModelOptions
+
+
+@dataclass(slots=True, frozen=True)
+class Served:
+    """What rows are checked against, and who is there to run them."""
+
+    offer: Offer
+    manifests: Sequence[Manifest]
+    workers: Sequence[WorkerRecord]
+    warnings: tuple[str, ...] = ()
+
+    def able(self, shards: Iterable[tuple[str, ...]]) -> Able:
+        """Who could run shards with these adapters."""
+        return able(self.manifests, self.workers, shards, self.offer.base_id)
+
+
+def published(store: JobStore, base: str | None) -> Served:
+    """By the manifests in the store. Raises Failure as `choose`, or where no worker was ever there; StoreError."""
+    manifests, workers = store.manifests(), store.workers()
+    if not manifests:
+        ways = "start one with `loramill worker`, or say what it will serve: --base-model and --adapter"
+        raise Failure(ExitCode.INPUT, f"no worker has told this store yet what it serves: {ways}")
+    offer = open_offer(choose(manifests, workers, base), workers, store.get_blob)
+    return Served(offer, manifests, workers, offer.warnings)
+
+
+def opened_here(options: ModelOptions, store: JobStore | None, *, publish: bool) -> Served:
+    """By models that are opened here, without their weights; with `publish` their manifest is published, so that a job
+    can be there before the first worker. Raises Failure, StoreError."""
+    from loramill.worker.manifest import manifest_of
+
+    from loramill.worker.models import open_models
+
+    models = open_models(options)
+    manifest, blobs = manifest_of(models, options)
+    if store is not None and publish:
+        for digest, content in blobs.items():
+            if not store.has_blob(digest):
+                store.put_blob(content)
+        store.publish(manifest)
+    others = store.manifests() if store is not None else []
+    workers = store.workers() if store is not None else []
+    group = of_base(manifest, others)
+
+    def blob(digest: str) -> bytes:
+        return blobs[digest] if digest in blobs or store is None else store.get_blob(digest)
+
+    offer = open_offer(group, workers, blob)
+    return Served(offer, [manifest, *others], workers, (*models.warnings, *offer.warnings))

@@ -1,0 +1,204 @@
+"""From an input to an accepted job: checked, planned, cut and stored, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import gettempdir
+
+import numpy as np
+
+from loramill.producer.ask import Ask
+from loramill.producer.index import Index
+from loramill.producer.invalid import InvalidLines, refused
+from loramill.producer.job_plan import Draft
+from loramill.producer.offers import Able
+from loramill.producer.pinning import pin
+from loramill.producer.reader import Input
+from loramill.producer.served import Served
+from loramill.producer.shards import Need, Shard, cut, rows_a_shard
+from loramill.producer.validate import validate
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.schemas.job import JobSpec, JobStatus
+from loramill.store.contract import JobStore
+from loramill.store.errors import JobNotFound, StoreError
+from loramill.store.records import Job, NewShard
+
+_INVALID_ROWS = 1024
+# What a plan assumes of engines that it has not seen: it only groups rows, and what it orders by is their lengths.
+_MAX_NUM_SEQS = 256
+_MAX_NUM_BATCHED_TOKENS = 8192
+
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True, frozen=True)
+class Checked:
+    """An input without a fault, or without the lines that have one, and how it is cut."""
+
+    source: Input
+    index: Index
+    served: Served
+    shards: list[Shard]
+
+    def able(self) -> Able:
+        """Which of the running workers could run it."""
+        return self.served.able({shard.adapters for shard in self.shards})
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Of the keys of its adapters."""
+        keys = self.served.offer.keys
+        return {keys[name]: name for name in self.index.adapters}
+
+
+@dataclass(slots=True, frozen=True)
+class Submitted:
+    """An accepted job."""
+
+    job: Job
+    checked: Checked | None
+    """None if it was there before: nothing was submitted again."""
+
+
+def check(
+    source: Input,
+    served: Served,
+    ask: Ask,
+    invalid: InvalidLines,
+    on_progress: Progress | None = None,
+    verdict: str = "nothing was submitted; --on-invalid skip submits the others",
+) -> Checked:
+    """Raises Failure (INPUT) with every problem of the input, unless they go into `invalid`; InputError."""
+
+    def counted(rows: int) -> None:
+        if rows > ask.max_rows:
+            raise Failure(ExitCode.INPUT, f"{source.name}: more than {ask.max_rows:,} rows: LORAMILL_MAX_JOB_ROWS")
+        if on_progress:
+            on_progress(rows)
+
+    skip = ask.on_invalid == "skip"
+    offer = served.offer
+    index = validate(
+        source,
+        offer.prompter,
+        names=offer.names,
+        max_mix=offer.max_mix,
+        max_rows=ask.limit,
+        on_invalid=invalid.add if skip else None,
+        on_progress=counted,
+    )
+    if index.problem_count and not skip:
+        raise refused(index, source.name, verdict)
+    size = int(index.length.sum(dtype=np.int64))
+    if size > ask.max_bytes:
+        limit = f"a job may have {ask.max_bytes:,}: LORAMILL_MAX_JOB_BYTES"
+        raise Failure(ExitCode.INPUT, f"{source.name}: {size:,} bytes of lines; {limit}")
+    return Checked(source, index, served, list(_cut(index, served)))
+
+
+def submit(
+    store: JobStore, source: Input, ask: Ask, look: Callable[[], Served], on_progress: Progress | None = None
+) -> Submitted:
+    """The job of `source`, accepted. If a job of that id is there already, it is that one, and nothing happens.
+
+    `look` says what can be asked for. Whatever happens, an interrupt too, the job is accepted as a whole, or it is as
+    if nothing had been submitted. Raises Failure: INPUT for an input that is refused, USAGE if the job of that id is
+    another; InputError, StoreError.
+    """
+    if before := _before(store, source, ask):
+        return Submitted(before, None)
+    served = look()
+    with closing(InvalidLines(Path(gettempdir()))) as invalid:
+        checked = check(source, served, ask, invalid, on_progress)
+        spec = _spec(checked, ask)
+        store.stage(spec)
+        try:
+            for number, rows in enumerate(_rows(checked)):
+                store.add_shard(spec.id, NewShard(number, rows, checked.shards[number].adapters))
+            failed = invalid.rows(spec.id)
+            while some := list(islice(failed, _INVALID_ROWS)):
+                store.add_results(spec.id, some)
+            return Submitted(store.accept(spec.id), checked)
+        except BaseException:
+            if accepted := _withdrawn(store, spec.id):
+                return Submitted(accepted, checked)
+            raise
+
+
+def _before(store: JobStore, source: Input, ask: Ask) -> Job | None:
+    """The accepted job of this id, if there is one. Raises Failure if it is another, or is not accepted yet."""
+    try:
+        job = store.job(ask.id)
+    except JobNotFound:
+        return None
+    if differences := ask.differences(job.spec, source.sha256):
+        what = f"job {ask.id} is there already, with another {' and '.join(differences)}"
+        raise Failure(ExitCode.USAGE, f"{what}: give this one another id")
+    if job.status is JobStatus.VALIDATING:
+        what = f"job {ask.id} is being submitted by another process"
+        raise Failure(ExitCode.MACHINE, f"{what}; if that one is dead, what it left goes within an hour")
+    return job
+
+
+def _withdrawn(store: JobStore, job_id: str) -> Job | None:
+    """Takes back what was staged; the job instead, if it was accepted after all: the answer can be lost on its way.
+    What a store that is away keeps of it is seen by no worker, and reaped."""
+    with suppress(StoreError):
+        job = store.job(job_id)
+        if job.status is not JobStatus.VALIDATING:
+            return job
+        store.abandon(job_id)
+    return None
+
+
+def _cut(index: Index, served: Served) -> Iterator[Shard]:
+    offer = served.offer
+    draft = Draft(index, np.arange(len(index)), offer.names, offer.facts)
+    plan = draft.plan(
+        slots=offer.max_mix,
+        max_num_seqs=_MAX_NUM_SEQS,
+        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
+        max_loaded_loras=None,
+        pinned=frozenset(),
+        mode="dynamic",
+        order="throughput",
+        costs=None,
+        decided={},
+    )
+    needs = [
+        Need(
+            frozenset(offer.keys[name] for name, _ in uses),
+            merged=any(offer.names.adapters[name].alone for name, _ in uses),
+        )
+        for uses in index.mixes
+    ]
+    workers = served.able(tuple(need.adapters) for need in needs)
+    running = len(workers.all_of_it) + len(workers.part_of_it)
+    return cut(
+        plan.order,
+        index.mix,
+        index.length,
+        needs,
+        max_loras=offer.max_loras,
+        max_rows=rows_a_shard(len(index), running),
+    )
+
+
+def _spec(checked: Checked, ask: Ask) -> JobSpec:
+    index, offer, source = checked.index, checked.served.offer, checked.source
+    names = pin(offer.names, offer.keys, index.mixes, base=bool((index.mix < 0).any()))
+    endpoint = next(iter(index.endpoints)) if len(index.endpoints) == 1 else None
+    return ask.spec(source.name, source.sha256, offer.base_id, names, endpoint)
+
+
+def _rows(checked: Checked) -> Iterator[list[tuple[int, bytes]]]:
+    """The rows of each shard in turn, read again."""
+    index, source = checked.index, checked.source
+    for shard in checked.shards:
+        at = shard.rows
+        columns = index.row[at].tolist(), index.offset[at].tolist(), index.length[at].tolist()
+        yield [(row, source.read(offset, length)) for row, offset, length in zip(*columns, strict=True)]
