@@ -16,6 +16,8 @@ from loramill.producer import job_commands
 from loramill.producer.interrupts import held
 from loramill.producer.options import RunOptions, list_options, run_options, verify_options
 from loramill.schemas.failures import ExitCode, Failure
+from loramill.worker.settings import flagged, given_variables
+from loramill.worker.worker_settings import WORKER_FLAGS, WorkerOptions
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -36,6 +38,20 @@ def run(**given: Any) -> ExitCode:
         from loramill.producer.run import run_file  # torch and transformers take seconds, which are the run's too
 
     return run_file(RunOptions(**given), started_s)
+
+
+@cli.command()
+@flagged(WORKER_FLAGS)
+@click.pass_context
+def worker(context: click.Context, /, **given: Any) -> int:
+    """Runs shards of queued jobs until it is told to end; a second signal ends it at once.
+
+    The same as `celery -A loramill.worker.app worker -P threads`, with the settings as environment variables.
+    """
+    with held():
+        from loramill.producer.worker_command import run_worker
+
+    return run_worker(WorkerOptions(**given), given_variables(context))
 
 
 @cli.group()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.worker.adapters_file import specs_of_json
@@ -18,6 +19,7 @@ from loramill.worker.specs import AdapterSpec, check_name, spec_of
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = "KMGT"
+_GIVEN = f"{__name__}.given"
 
 LoraMode = Literal["auto", "dynamic", "static"]
 Order = Literal["throughput", "input"]
@@ -122,12 +124,19 @@ def _json_specs(ctx: click.Context, param: click.Parameter, value: str | None) -
 class _Setting(click.Option):
     """An option whose variable is looked up in the context's `obj` if that is set; click's knows `os.environ` alone."""
 
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        if source is ParameterSource.COMMANDLINE:
+            ctx.meta.setdefault(_GIVEN, {})[str(self.envvar)] = value
+        return value, source
+
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         environ: Mapping[str, str] = os.environ if ctx.obj is None else ctx.obj
         return environ.get(str(self.envvar)) or None
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Options = TypeVar("_Options")
 Flag = Callable[[Any], Any]
 """Decorates a click command."""
 
@@ -201,20 +210,29 @@ MODEL_FLAGS = [
 ]  # fmt: skip
 
 
-@click.command(add_help_option=False)
-@flagged(MODEL_FLAGS)
-def _model_options(**given: Any) -> ModelOptions:
-    return ModelOptions(**given)
-
-
-def model_options_from(environ: Mapping[str, str]) -> ModelOptions:
+def settings_from(environ: Mapping[str, str], flags: Sequence[Flag], make: Callable[..., _Options]) -> _Options:
     """The settings of these variables, `LORAMILL_BASE_MODEL` and so on, as the command line has them.
 
     Raises Failure (USAGE), which names the variable, for one that is missing or that cannot be read.
     """
+
+    @click.command(add_help_option=False)
+    @flagged(flags)
+    def command(**given: Any) -> _Options:
+        return make(**given)
+
     try:
-        with _model_options.make_context("settings", [], obj=environ) as context:
-            options: ModelOptions = _model_options.invoke(context)
+        with command.make_context("settings", [], obj=environ) as context:
+            options: _Options = command.invoke(context)
     except click.UsageError as error:
         raise Failure(ExitCode.USAGE, error.format_message()) from error
     return options
+
+
+def given_variables(context: click.Context) -> dict[str, str]:
+    """What the command line alone gave, as the variables that say the same: for a process that reads no other."""
+    given: dict[str, Any] = context.meta.get(_GIVEN, {})
+    return {
+        name: ",".join(value) if isinstance(value, tuple | list) else "1" if value is True else str(value)
+        for name, value in given.items()
+    }

@@ -18,13 +18,16 @@ ROOMS = ("schemas", "kernels", "store", "worker", "producer")
 # Beyond the standard library, numpy, the room itself and the package's version.
 PACKAGE = {"loramill", "loramill.__version__"}
 ENGINE = {"loramill.kernels", "torch", "transformers", "safetensors"}
-SETTINGS = {"loramill.worker.settings", "loramill.worker.specs", "loramill.worker.adapters_file"}
+SETTINGS = {
+    f"loramill.worker.{name}" for name in ("settings", "specs", "adapters_file", "worker_settings")
+}
 QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
         *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
-        *("app", "tasks", "node", "child", "engine_process", "manifest", "frames"),
+        *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
+        *("worker_settings", "worker_log", "child", "engine_process", "manifest", "frames"),
     )
 }
 ALLOWED = {
@@ -32,7 +35,7 @@ ALLOWED = {
     "kernels": {"torch", "triton"},
     "store": {"loramill.schemas", "fsspec", "orjson", "redis", "zstandard"},
     "worker": ENGINE,
-    "the queue side": {"loramill.schemas", "loramill.store", "orjson", "click", "celery", "redis", *ENGINE},
+    "the queue side": {"loramill.schemas", "loramill.store", "orjson", "click", "celery", "kombu", "redis", *ENGINE},
     "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
@@ -41,12 +44,13 @@ ALLOWED = {
         *("loramill.worker.models", "loramill.worker.base_files"),
         *("loramill.schemas", "loramill.store"),
     },
+    "producer/worker_command.py": {"loramill.worker", "loramill.schemas"},
     "producer/mill.py": {"loramill.worker.models", *SETTINGS, "loramill.schemas", "loramill.store"},
 }
 
 # Only inside functions: whoever asks for --help or only validates must not wait for these.
 LAZY = {"producer": {"torch", "transformers"}, "the queue side": {"transformers"}}
-SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery"}
+SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery", "kombu"}
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
 PURE = (

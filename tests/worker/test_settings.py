@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -12,7 +13,7 @@ import pytest
 from loramill.producer import cli
 from loramill.producer.options import RunOptions
 from loramill.schemas.failures import ExitCode, Failure
-from loramill.worker.settings import ModelOptions, model_options_from
+from loramill.worker.settings import MODEL_FLAGS, ModelOptions, settings_from
 from loramill.worker.specs import AdapterSpec
 
 BASE = {"LORAMILL_BASE_MODEL": "org/base"}
@@ -28,6 +29,10 @@ SET = BASE | {
     "LORAMILL_MAX_NUM_SEQS": "5",
     "LORAMILL_CHAT_TEMPLATE": "",
 }
+
+
+def model_options_from(environ: Mapping[str, str]) -> ModelOptions:
+    return settings_from(environ, MODEL_FLAGS, ModelOptions)
 
 
 def test_the_base_alone_leaves_every_default() -> None:
@@ -93,8 +98,8 @@ def test_errors_are_the_command_lines_and_name_the_variable(
 
 def test_settings_are_read_without_the_engine() -> None:
     code = (
-        "import sys; from loramill.worker.settings import model_options_from as read; "
-        "read({'LORAMILL_BASE_MODEL': 'b'}); print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
+        "import sys; from loramill.worker.worker_settings import worker_options_from as read; "
+        "read({'LORAMILL_BASE_MODEL': 'b', 'LORAMILL_STORE': 'sqlite:///x'}); print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

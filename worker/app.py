@@ -1,0 +1,120 @@
+"""`celery -A loramill.worker.app worker -P threads -c 4`: a worker that takes tickets. Its settings are the LORAMILL_*
+variables; `loramill worker` runs it with those of its own flags."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+from celery import signals
+from celery.apps.worker import Worker
+from celery.worker import state
+
+from loramill.schemas.failures import Failure
+from loramill.worker.base_files import base_name_of
+from loramill.worker.housekeeping import Housekeeping
+from loramill.worker.node import Node, open_node
+from loramill.worker.tickets import TASK, broker_of, make_app, top_up
+from loramill.worker.worker_log import log
+from loramill.worker.worker_settings import LIFELINE, WorkerOptions, worker_options_from
+
+LOOK_S = 0.2
+LAST_S = 1.0
+"""What Celery gets to end by itself once nothing is left to wait for."""
+
+
+def _options() -> WorkerOptions:
+    try:
+        options = worker_options_from(os.environ)
+        broker_of(options.store, options.broker)
+    except Failure as failure:
+        _end(failure)
+    return options
+
+
+def _end(failure: Failure) -> NoReturn:
+    for line in failure.lines:
+        log(f"Error: {line}")
+    sys.exit(int(failure.code))
+
+
+class _QuietWorker(Worker):  # type: ignore[misc]
+    """Celery's, which says nothing on standard output, and knows nothing of other workers: with mingle and gossip some
+    stop consuming after a reconnect (celery #8030, #8091, #8384)."""
+
+    def prepare_args(self, **given: Any) -> dict[str, Any]:
+        """Its options."""
+        return given | {"without_mingle": True, "without_gossip": True}
+
+    def emit_banner(self) -> None:
+        """None."""
+
+
+options = _options()
+app = make_app(
+    broker_of(options.store, options.broker),
+    prefix=options.prefix,
+    base=options.base_name or base_name_of(options.base_model),
+)
+app.Worker = app.subclass_with_self(_QuietWorker, name="Worker")
+_serving: list[tuple[Node, Housekeeping]] = []
+
+
+@app.task(name=TASK)  # type: ignore[untyped-decorator]
+def work() -> None:
+    """There is work."""
+    for node, _ in _serving:
+        node.work()
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]
+def _start(**_: Any) -> None:
+    try:
+        node = open_node(options)
+    except Failure as failure:
+        _end(failure)
+    housekeeping = Housekeeping(node, lambda base, ready: top_up(app, base, ready))
+    _serving.append((node, housekeeping))
+    node.start()
+    housekeeping.start()
+    threading.Thread(target=_oversee, args=(node, housekeeping), daemon=True).start()
+    if LIFELINE in os.environ:
+        threading.Thread(target=_follow, args=(int(os.environ[LIFELINE]),), daemon=True).start()
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _drain(**_: Any) -> None:
+    for node, _housekeeping in _serving:
+        node.drain.ask()
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _stop(**_: Any) -> None:
+    for node, housekeeping in _serving:
+        housekeeping.stop()
+        node.close()
+
+
+def _oversee(node: Node, housekeeping: Housekeeping) -> None:
+    """Ends Celery when the worker is to end; and the process, should a thread of it wait for what does not come."""
+    while housekeeping.code is None and not node.drain.asked:
+        time.sleep(LOOK_S)
+    node.drain.ask()
+    if housekeeping.code is not None:
+        state.should_stop = housekeeping.code
+    while not node.drain.over and not node.idle:
+        time.sleep(LOOK_S)
+    time.sleep(LAST_S if housekeeping.code is None else 2 * LAST_S)
+    for engine in node.engines:
+        engine.kill()
+    os._exit(housekeeping.code or 0)
+
+
+def _follow(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os._exit(1)
+
+

@@ -1,0 +1,194 @@
+"""The worker: engines on its devices, a store, and threads that take shards from the one to the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from loramill.schemas.failures import ExitCode, Failure
+from loramill.store.contract import JobStore
+from loramill.store.errors import StoreError, StoreLost
+from loramill.store.opening import open_store
+from loramill.store.records import WorkerRecord
+from loramill.worker.devices import take_devices
+from loramill.worker.drain import Drain
+from loramill.worker.engine_process import EngineProcess
+from loramill.worker.leases import Leases
+from loramill.worker.shard_run import TRANSIENT, ShardRun
+from loramill.worker.worker_log import log, log_seldom
+from loramill.worker.worker_settings import WorkerOptions
+
+READY_LOOK_S = 0.1
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+"""After a shard that could not be read, or a claim that the store could not answer: a thread's pause, doubled while it
+goes on so."""
+
+
+class Node:
+    """One worker. `work` is for the threads that take shards; `worker/housekeeping.py` does everything else."""
+
+    def __init__(self, options: WorkerOptions, store: JobStore, engines: Sequence[EngineProcess]) -> None:
+        self.options, self.store, self.engines = options, store, engines
+        self.name = options.name
+        self.drain = Drain()
+        self.leases = Leases(store)
+        self.failure: Failure | None = None
+        """Why the worker cannot go on."""
+        self.published: set[str] = set()
+        """Ids of the engines' manifests that the store has: what can be claimed under."""
+        self.rows_done = self.shards_done = 0
+        self.tickets = 0
+        """How often `work` was called."""
+        self._load: Counter[EngineProcess] = Counter()
+        self._lock = threading.Lock()
+        self._started_ms = round(time.time() * 1000)
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Begins loading, and keeping leases."""
+        for engine in self.engines:
+            engine.start()
+        threading.Thread(target=self.leases.keep, args=(self._closed,), daemon=True).start()
+
+    @property
+    def idle(self) -> bool:
+        """No thread has an engine in use."""
+        return not self._load.total()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a claim would find an engine."""
+        return any(self._can(engine) for engine in self.engines)
+
+    def work(self) -> bool:
+        """Runs shards, one after another, until nothing suits or the worker drains. Returns whether there was any."""
+        self.tickets += 1
+        ran, pause_s = False, MIN_PAUSE_S
+        while not self.drain.asked and self.failure is None:
+            try:
+                if not self._run_one():
+                    break
+                ran, pause_s = True, MIN_PAUSE_S
+            except StoreLost as error:
+                self.fail(Failure(ExitCode.MACHINE, str(error)))
+            except StoreError as error:
+                log_seldom(f"waiting for the store: {error}")
+                self.drain.wait(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        return ran
+
+    def _run_one(self) -> bool:
+        """Claims the shard that suits best, and runs it. Returns False if there is none."""
+        with self._engine() as engine:
+            if engine is None or engine.manifest is None:
+                return False
+            asked_s = time.monotonic()
+            claim = self.store.claim(self.name, engine.manifest.id, engine.resident)
+            if claim is None:
+                return False
+            run = ShardRun(self.store, self.name, engine, claim, asked_s, self.drain)
+            try:
+                run.run(self.leases)
+            finally:
+                with self._lock:
+                    self.rows_done += run.rows_done
+                    self.shards_done += 1
+            return True
+
+    @contextmanager
+    def _engine(self) -> Iterator[EngineProcess | None]:
+        """The engine with the fewest shards, once one is ready; None if the worker is to end before."""
+        while not (self.drain.asked or self.failure):
+            with self._lock:
+                able = [engine for engine in self.engines if self._can(engine)]
+                if able:
+                    chosen = min(able, key=lambda engine: self._load[engine])
+                    self._load[chosen] += 1
+                    break
+            self.drain.wait(READY_LOOK_S)
+        else:
+            yield None
+            return
+        try:
+            yield chosen
+        finally:
+            with self._lock:
+                self._load[chosen] -= 1
+
+    def _can(self, engine: EngineProcess) -> bool:
+        return engine.ready and engine.manifest is not None and engine.manifest.id in self.published
+
+    def fail(self, failure: Failure) -> None:
+        """The worker cannot go on. Said once."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = failure
+        for line in failure.lines:
+            log(f"Error: {line}")
+        self.drain.ask()
+
+    def publish(self) -> None:
+        """Lets the store know what the engines serve, once each. Raises StoreError."""
+        for engine in self.engines:
+            manifest, blobs = engine.manifest, engine.blobs
+            if not engine.ready or manifest is None or manifest.id in self.published:
+                continue
+            for digest, data in blobs.items():
+                if not self.store.has_blob(digest):
+                    self.store.put_blob(data)
+            self.store.publish(manifest)
+            self.published.add(manifest.id)
+            log(f"worker {self.name}: {manifest.base} with {len(manifest.adapters)} adapters on {engine.name}, ready")
+
+    def record(self) -> WorkerRecord:
+        """The worker as others see it."""
+        manifest = next((engine.manifest for engine in self.engines if engine.manifest), None)
+        resident = {key: None for engine in self.engines for key in engine.resident}
+        return WorkerRecord(
+            id=self.name,
+            manifest=manifest.id if manifest else "",
+            base_id=manifest.base_id if manifest else "",
+            device=",".join(engine.name for engine in self.engines),
+            state="draining" if self.drain.asked else "ready" if self.ready else "loading",
+            started_ms=self._started_ms,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            resident=tuple(resident),
+            rows_done=self.rows_done,
+            restarts=sum(engine.restarts for engine in self.engines),
+        )
+
+    def close(self) -> None:
+        """Ends the engines and says goodbye. What is still leased runs out by itself."""
+        self.drain.ask()
+        self._closed.set()
+        for engine in self.engines:
+            engine.close()
+        try:
+            self.store.goodbye(self.name)
+        except TRANSIENT as error:
+            log_seldom(f"worker {self.name} ends without a goodbye: {error}")
+        self.store.close()
+
+
+def open_node(options: WorkerOptions) -> Node:
+    """A worker with its store open and its devices taken, not started. Raises Failure: MACHINE for a store or a device
+    that cannot be had, USAGE for a URL or a device that is none."""
+    try:
+        store = open_store(options.store, files=options.files, prefix=options.prefix)
+    except StoreError as error:
+        raise Failure(ExitCode.MACHINE, str(error)) from error
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, str(error)) from error
+    try:
+        devices = take_devices(options.device)
+    except Failure:
+        store.close()
+        raise
+    return Node(options, store, [EngineProcess(options, device, options.hang_timeout_s) for device in devices])

@@ -1,0 +1,77 @@
+"""What a worker is told beside its model: the flags of `loramill worker`, and the same as environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import click
+
+from loramill.worker.settings import DEVICE, MODEL_FLAGS, POSITIVE, ModelOptions, flag, settings_from
+
+LIFELINE = "LORAMILL_LIFELINE"
+"""Set by whoever starts a worker and wants it to end with himself: a file descriptor, of a pipe that he holds open."""
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions(ModelOptions):
+    """One worker, as its operator asked for it."""
+
+    store: str
+    files: str | None = None
+    prefix: str = "loramill"
+    broker: str | None = None
+    """None takes the store's Redis."""
+    concurrency: int = 4
+    """Shards at a time in one engine."""
+    hang_timeout_s: float = 300.0
+    watchdog_s: float = 60.0
+    until_empty: bool = False
+    worker_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What others know the worker by."""
+        return self.worker_id or f"{socket.gethostname()}-{os.getpid()}"
+
+
+def duration(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """Seconds of `90`, `90s`, `5m` or `1.5h`."""
+    found = _DURATION.fullmatch(value.strip().lower())
+    if found is None or not float(found[1]):
+        raise click.BadParameter(f"{value!r} is not a time: write it like 90, 90s, 5m or 1.5h", ctx, param)
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+STORE = flag("--store", required=True, metavar="URL",
+             help="Where jobs are: redis://HOST:PORT/DB, rediss://, unix://, or sqlite:///PATH.")  # fmt: skip
+FILES = flag(
+    "--files", metavar="URL", help="Where rows and results are as files: file://, s3://, ...; else in the store."
+)
+PREFIX = flag("--prefix", default="loramill", metavar="NAME", help="What the store's keys begin with (Redis).")
+BROKER = flag("--broker", metavar="URL", help="Where tickets are.  [default: the store's Redis]")
+
+WORKER_FLAGS = [
+    STORE, FILES, PREFIX, BROKER,
+    flag("--concurrency", type=POSITIVE, default=4, help="Shards at a time in one engine."),
+    flag("--hang-timeout", dest="hang_timeout_s", callback=duration, default="300", metavar="TIME",
+         help="An engine that is busy for so long without a step is killed."),
+    flag("--watchdog", dest="watchdog_s", callback=duration, default="60", metavar="TIME",
+         help="A worker that gets no ticket for so long while shards wait ends with code 75, to be started again."),
+    flag("--until-empty", is_flag=True, help="End when no job has rows left."),
+    flag("--id", dest="worker_id", metavar="NAME",
+         help="What others know the worker by.  [default: host and process id]"),
+    flag("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|all",
+         help="Where to compute: cuda is a GPU that no other worker has, all is every such."),
+    *(one for one in MODEL_FLAGS if one is not DEVICE),
+]  # fmt: skip
+
+
+def worker_options_from(environ: Mapping[str, str]) -> WorkerOptions:
+    """Raises Failure like `settings_from`."""
+    return settings_from(environ, WORKER_FLAGS, WorkerOptions)
