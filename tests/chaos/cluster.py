@@ -67,13 +67,13 @@ def rows_of(
 ) -> Rows:
     """`count` rows that go round `adapters`. `special`: words for the stub in the prompt of some rows; `failing`: the
     error codes with which some must fail."""
-    made = Rows()
+    special, failing, made = special or {}, failing or {}, Rows()
     for number in range(count):
         adapter = adapters[number % len(adapters)]
-        prompt = f"row {number}" + f" {special[number]}" * (number in (special or {}))
+        prompt = f"row {number} {special[number]}" if number in special else f"row {number}"
         line: dict[str, object] = {"id": f"r{number:05}", "prompt": prompt, "max_tokens": 4, "temperature": 0}
         made.lines.append(orjson.dumps(line | ({"adapter": adapter} if adapter else {})))
-        if failing and number in failing:
+        if number in failing:
             made.expected.append(Expected(f"r{number:05}", adapter, "", 500, failing[number]))
         else:
             made.expected.append(Expected(f"r{number:05}", adapter, f"{adapter or BASE} ok:{prompt}"))
@@ -206,7 +206,7 @@ class Cluster:
         path = self.folder / f"in-{time.monotonic_ns()}.jsonl"
         path.write_bytes(b"\n".join(rows.lines) + b"\n")
         store = store or self.store
-        with open_input(str(path)) as source:
+        with open_input(str(path), self.folder) as source:
             done = submit(store, source, Ask(**ask), lambda: published(store, None))  # type: ignore[arg-type]
         return done.job.id
 

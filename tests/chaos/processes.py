@@ -23,7 +23,8 @@ class Process:
                 command, env=dict(environment), cwd=log.parent, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             )  # fmt: skip
-        self._seen: set[int] = {self.pid}
+        self._seen = {self.pid: _born(self.pid)}
+        """All of the family that was ever looked at, and when it began: a number can be another process's by now."""
 
     @property
     def pid(self) -> int:
@@ -43,7 +44,7 @@ class Process:
         found = [self.pid] if self.code is None else []
         for pid in found:
             found += children.get(pid, [])
-        self._seen.update(found)
+        self._seen |= {pid: _born(pid) for pid in found if pid not in self._seen}
         return found
 
     def send(self, which: signal.Signals, pid: int | None = None) -> None:
@@ -60,15 +61,15 @@ class Process:
 
     def end(self) -> None:
         """Kills it with all that it ever started, and waits."""
-        family = set(self.family()) | self._seen
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        for pid in family:
-            # A number may be another process by now: only what is still in our session is ours.
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(pid) == self.pid:
-                    os.kill(pid, signal.SIGKILL)
-        self._popen.wait(10)
+        while family := self.family():
+            # Parents first, so that none starts anything more.
+            for pid in family:
+                self.send(signal.SIGKILL, pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(0.05)
+        for pid, born in self._seen.items():
+            if born is not None and _born(pid) == born:
+                self.send(signal.SIGKILL, pid)
 
     def tail(self) -> str:
         """The last lines that it said."""
@@ -91,6 +92,14 @@ def _parents() -> dict[int, int]:
                 if state not in "ZX":
                     found[int(entry.name)] = int(parent)
     return found
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, in ticks since the machine did; None if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
 
 
 def command_of(pid: int) -> str:

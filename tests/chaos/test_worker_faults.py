@@ -1,0 +1,109 @@
+"""What happens to whole workers: killed, stopped, told to end, with a wrong clock."""
+
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from loramill.store.records import ShardState
+from tests.chaos.cluster import LEASE_S, SHORT_TIMES, Cluster, rows_of
+from tests.chaos.hooks import Chaos, Point
+from tests.chaos.oracle import Found, chunks_of
+from tests.chaos.processes import is_alive, is_stopped, until
+
+SLOW = {"STUB_STEP_S": "0.05", "STUB_SEQS": "8"}
+
+
+def _committed(cluster: Cluster, job_id: str) -> set[str]:
+    """The ids of rows that have a result."""
+    job = cluster.store.job(job_id)
+    return {Found.of(row.line).custom_id for chunk in chunks_of(cluster.store, job) for row in chunk.rows()}
+
+
+def _ran(cluster: Cluster) -> Counter[str]:
+    """How often each row was computed."""
+    return Counter(f"r{int(prompt.split()[1]):05}" for prompt in cluster.computed())
+
+
+def _chaos_at(point: Point, folder: Path, which: str = "SIGKILL") -> Chaos:
+    return Chaos(times=SHORT_TIMES, at=point, signal=which, once=str(folder / "once"))
+
+
+@pytest.mark.parametrize("point", Point)
+def test_kill_9_loses_nothing_and_only_uncommitted_rows_run_again(cluster: Cluster, point: Point) -> None:
+    if point is Point.MID_COMMIT:
+        cluster.files = f"file://{cluster.folder}/files"
+    rows = rows_of(150)
+    victim = cluster.worker(chaos=_chaos_at(point, cluster.folder), **SLOW)
+    cluster.ready(victim)
+    engine = victim.engine()
+    job = cluster.submit(rows)
+    assert victim.wait(30) == -signal.SIGKILL
+    until("the engine dead with its worker", lambda: not is_alive(engine), 5)
+    committed = _committed(cluster, job)
+    assert bool(committed) == (point is Point.AFTER_COMMIT)
+    cluster.worker(**SLOW)
+    outcome = cluster.finish(job, rows)
+    again = {row for row, times in _ran(cluster).items() if times > 1}
+    assert not again & committed
+    assert outcome.committed_twice == 0
+
+
+def test_a_commit_after_a_pause_beyond_the_lease_is_fenced(cluster: Cluster) -> None:
+    rows = rows_of(150)
+    paused = cluster.worker(chaos=_chaos_at(Point.MID_COMMIT, cluster.folder, "SIGSTOP"), **SLOW)
+    cluster.ready(paused)
+    node = paused.node()
+    job = cluster.submit(rows)
+    cluster.until("the worker stopped amid a commit", lambda: is_stopped(node))
+    cluster.worker()
+    cluster.wait(job)
+    before = cluster.store.job(job)
+    paused.go_on()
+    cluster.until("the late commit refused", lambda: paused.said("lost to another worker"))
+    assert cluster.store.job(job) == before
+    assert cluster.finish(job, rows).committed_twice == 0
+    # It goes on as before.
+    cluster.workers[1].end()
+    again = cluster.submit(rows)
+    cluster.finish(again, rows)
+
+
+def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(cluster: Cluster) -> None:
+    rows = rows_of(120, special={number: "SLOW" for number in range(60, 120)})
+    first = cluster.worker(**SLOW)
+    cluster.ready(first)
+    job = cluster.submit(rows)
+    cluster.until("some rows finished", lambda: cluster.finished(job) >= 8)
+    assert cluster.leased(job)
+    code, took_s = first.term()
+    assert code == 0
+    assert took_s < 10
+    committed = _committed(cluster, job)
+    assert 8 <= len(committed) < len(rows.lines)
+    shards = cluster.store.shards(job)
+    assert {shard.state for shard in shards} <= {ShardState.READY, ShardState.DONE}
+    assert all(shard.attempts == 0 and not shard.suspects for shard in shards)
+    assert not cluster.store.workers()
+    cluster.worker(STUB_SEQS="256")
+    cluster.finish(job, rows)
+    ran = _ran(cluster)
+    assert all(ran[row] == 1 for row in committed)
+
+
+def test_a_clock_that_is_wrong_by_an_hour_changes_nothing(cluster: Cluster) -> None:
+    rows = rows_of(200)
+    for shift_s in (3600.0, -3600.0):
+        cluster.worker(chaos=Chaos(times=SHORT_TIMES, clock_s=shift_s), STUB_STEP_S="0.2", STUB_SEQS="4")
+    cluster.ready()
+    begun_s = time.monotonic()
+    job = cluster.submit(rows)
+    cluster.finish(job, rows)
+    assert time.monotonic() - begun_s > 1.5 * LEASE_S
+    assert {worker.id for worker in cluster.store.workers()} == {"w0", "w1"}
+    # Nobody took a lease for run out, and both took part.
+    assert set(_ran(cluster).values()) == {1}
+    assert all(shard.attempts == 0 for shard in cluster.store.shards(job))
+    assert all(worker.rows_done for worker in cluster.store.workers())
