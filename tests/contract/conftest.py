@@ -7,7 +7,7 @@ import pytest
 
 from tests.contract.places import ModelPlace, Place, RedisPlace, SqlitePlace
 
-STORES: tuple[str, ...] = ("redis", "redis+files")
+STORES = ("sqlite", "sqlite+files", "redis", "redis+files")
 
 
 @pytest.fixture
