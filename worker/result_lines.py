@@ -33,8 +33,10 @@ def engine_failure(
 
 
 def answered(done: InFlight, result: Result) -> DoneRow:
-    """A row that the engine answered, as a line of the output."""
+    """A row that the engine is done with, as a line of the output, or of the error file."""
     job, row, names = done.shard.job, done.row, done.shard.job.names
+    if result.error is not None:
+        return engine_failure(job.id, done.number, row, result.error, result.prompt_tokens, result.code)
     answer = Answer(
         choices=[choice(completion, done.prompter) for completion in result.completions],
         prompt_tokens=result.prompt_tokens,

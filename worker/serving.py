@@ -52,7 +52,7 @@ class Served:
         }
         names = Names(spec.names.base, known, spec.names.aliases, spec.names.routes)
         manifest = self.manifest
-        return Job(spec.id, names, manifest.sampling_defaults, manifest.max_model_len, spec.seed)
+        return Job(spec.id, names, manifest.sampling_defaults, manifest.max_model_len, spec.seed, spec.dedupe)
 
     @property
     def alone(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ from loramill.schemas.request import Row
 from loramill.store.records import DoneRow
 from loramill.worker.forecast import Forecast
 from loramill.worker.request import Mix, Request, Result
+from loramill.worker.twins import Identity, Kept
 
 
 class RowEngine(Protocol):
@@ -44,6 +45,8 @@ class Job:
     """Sampling values of rows that leave them out."""
     max_model_len: int
     seed: int = 0
+    dedupe: bool = True
+    """Whether rows of a shard that must come to the same answer are computed once."""
 
 
 def _never(mix: Mix) -> bool:
@@ -70,11 +73,14 @@ class Shard:
     finished: list[DoneRow] = field(default_factory=list)
     """Waiting to be emitted."""
     in_flight: int = 0
+    leaders: dict[Identity, InFlight] = field(default_factory=dict)
+    """Rows in flight whose answers others may share."""
+    kept: Kept = field(default_factory=Kept)
 
 
 @dataclass(slots=True)
 class InFlight:
-    """A row that the engine has been given."""
+    """A row that the engine has been given, or that follows one."""
 
     shard: Shard
     number: int
@@ -82,4 +88,7 @@ class InFlight:
     uses: Uses
     prompter: Prompter
     request: Request
+    identity: Identity | None
+    followers: list[InFlight] = field(default_factory=list)
+    """Rows that get the same answer; what they ask for is not kept."""
     started: bool = False

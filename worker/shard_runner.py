@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from loramill.schemas.errors import LineError
@@ -19,10 +20,13 @@ from loramill.worker.shard import InFlight
 from loramill.worker.shard import Job as Job
 from loramill.worker.shard import RowEngine as RowEngine
 from loramill.worker.shard import Shard as Shard
+from loramill.worker.twins import identity_of
 
 WAITING_PER_SEQ = 4  # rows queued in the engine for each that it can run: choice enough for its scheduler
 FEED_ROWS = 256  # tokenized together: about 5x faster than one by one
 FEED_BYTES = 2**20  # bounds what a batch of long lines holds
+MAX_FOLLOWING = 16384
+"""Rows that wait for the answer of another: at about a kilobyte each, more are not read."""
 EMIT_ROWS = 512
 EMIT_EVERY_S = 0.2  # what a kill can cost; a commit's fsync is then below 5 % of the time even on a slow disk
 
@@ -41,6 +45,7 @@ class ShardRunner:
         self._next_key = 0
         self._lone: int | None = None
         """The key of the row that was last given the engine for itself."""
+        self._following = 0
         self._emitted_at = clock()
 
     @property
@@ -99,12 +104,15 @@ class ShardRunner:
             return
         wanted = WAITING_PER_SEQ * self._engine.max_num_seqs
         # Below half, then up to the brim: rows are tokenized many at a time.
-        if self._engine.num_waiting > wanted // 2:
+        if self._engine.num_waiting > wanted // 2 or self._following >= MAX_FOLLOWING:
             return
-        while self._unread and self._engine.num_waiting < wanted:
+        # Rows that need no place in the engine (invalid ones, or those that share an answer) must not hold up a pass.
+        room = max(wanted, FEED_ROWS)
+        while self._unread and room > 0 and self._engine.num_waiting < wanted:
             shard = self._unread[0]
             self._unread.rotate(-1)
             batch = list(_batch(shard.rows))
+            room -= len(batch)
             if not batch:
                 self._read_no_more(shard)
                 continue
@@ -142,8 +150,14 @@ class ShardRunner:
             if shard.on_start is not None:
                 shard.on_start(numbers, self._lone in keys)
 
-    def _forget(self, key: int) -> None:
-        self._in_flight.pop(key).shard.in_flight -= 1
+    def _forget(self, key: int) -> InFlight:
+        """A row is in flight no longer, nor are those that follow it."""
+        one = self._in_flight.pop(key)
+        one.shard.in_flight -= 1 + len(one.followers)
+        self._following -= len(one.followers)
+        if one.identity is not None:
+            del one.shard.leaders[one.identity]
+        return one
 
     def _read_no_more(self, shard: Shard) -> None:
         self._unread.remove(shard)
@@ -166,17 +180,32 @@ class ShardRunner:
                 if isinstance(prompt, LineError):
                     raise prompt
                 prompter = prompters.of(uses)
-                request = self._request(shard, row, uses, prompt, prompter)
-                self._engine.add(request)
+                self._add(shard, number, row, uses, self._request(shard, row, uses, prompt, prompter), prompter)
             except LineError as error:
                 error.custom_id = row.custom_id
                 shard.finished.append(failed_row(job.id, number, error))
             except ValueError as error:  # the engine's own refusal; only this row is in doubt
                 code = ADAPTER_UNAVAILABLE if isinstance(error, AdapterUnavailable) else ENGINE_ERROR
                 shard.finished.append(engine_failure(job.id, number, row, str(error), code=code))
-            else:
-                self._in_flight[request.key] = InFlight(shard, number, row, uses, prompter, request)
-                shard.in_flight += 1
+
+    def _add(self, shard: Shard, number: int, row: Row, uses: Uses, request: Request, prompter: Prompter) -> None:
+        """Gives the engine a row, unless it gets another's answer. Raises ValueError as the engine."""
+        seeded = row.params.seed is not None
+        identity = identity_of(request, prompter, seeded=seeded) if shard.job.dedupe else None
+        one = InFlight(shard, number, row, uses, prompter, request, identity)
+        if identity is not None and (known := shard.kept.get(identity)) is not None:
+            shard.finished.append(answered(one, known))
+            return
+        if identity is not None and (leader := shard.leaders.get(identity)) is not None:
+            one.row, one.request = replace(row, prompt=""), leader.request
+            leader.followers.append(one)
+            self._following += 1
+        else:
+            self._engine.add(request)
+            self._in_flight[request.key] = one
+            if identity is not None:
+                shard.leaders[identity] = one
+        shard.in_flight += 1
 
     def _request(self, shard: Shard, row: Row, uses: Uses, prompt: list[int], prompter: Prompter) -> Request:
         job = shard.job
@@ -196,14 +225,11 @@ class ShardRunner:
         return Request(self._next_key, prompt, Sampling(**params), mix, merged, prompter.decode)
 
     def _finish(self, result: Result) -> None:
-        done = self._in_flight.pop(result.key)
-        shard, job = done.shard, done.shard.job
-        shard.in_flight -= 1
-        if result.error is not None:
-            failed = engine_failure(job.id, done.number, done.row, result.error, result.prompt_tokens, result.code)
-            shard.finished.append(failed)
-            return
-        shard.finished.append(answered(done, result))
+        leader = self._forget(result.key)
+        shard = leader.shard
+        if result.error is None and leader.identity is not None:
+            shard.kept.put(leader.identity, result)
+        shard.finished.extend(answered(one, result) for one in (leader, *leader.followers))
 
     def _emit_due(self) -> None:
         if (

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.store.journal import DoneRow
-from loramill.worker import shard_runner
+from loramill.worker import shard_runner, twins
 from loramill.worker.forecast import Forecast
 from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
 from loramill.worker.shard_runner import Job, Shard, ShardRunner
@@ -341,6 +342,110 @@ def test_several_answers_are_several_choices(engine, prompter) -> None:
     (row,) = run(engine, prompter, [native(0, n=3)])
     assert [choice["index"] for choice in body(row)["choices"]] == [0, 1, 2]
     assert body(row)["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+GREEDY = {"prompt": [7], "temperature": 0}
+
+
+def test_rows_that_must_come_to_the_same_answer_are_computed_once(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 3)
+    rows = [native(n, **GREEDY, return_token_ids=n == 2, model="base" if n == 1 else None) for n in range(8)]
+    done = {row.row: row for row in run(engine, prompter, rows)}
+    assert len(engine.seen) == 1
+    assert {json.loads(row.line)["custom_id"] for row in done.values()} == {f"r{number}" for number in range(8)}
+    assert len({json.loads(row.line)["id"] for row in done.values()}) == 8
+    assert {(row.prompt_tokens, row.completion_tokens) for row in done.values()} == {(1, 1)}
+    assert body(done[1])["model"] == "base"
+    assert [number for number in range(8) if "token_ids" in body(done[number])["choices"][0]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "computed"),
+    [
+        ({"seed": 5}, 1),  # greedy: a seed decides nothing
+        ({"temperature": 1}, 2),  # each row has a seed of its own
+        ({"temperature": 1, "seed": 5}, 1),
+        ([{"temperature": 1, "seed": 5}, {"temperature": 1, "seed": 6}], 2),
+        ([{}, {"seed": 6}], 1),
+        ([{}, {"adapter": "sql"}], 2),
+        ([{}, {"adapter": "sql", "scale": 2}], 2),
+        ([{}, {"max_tokens": 5}], 2),
+        ([{}, {"stop_token_ids": [3]}], 2),
+        ([{}, {"logit_bias": {"3": 1}}], 2),
+        ([{}, {"logprobs": 1}], 2),
+        ([{}, {"prompt": [7, 7]}], 2),
+    ],
+)
+def test_what_decides_an_answer(engine, prompter, fields, computed) -> None:
+    first, second = fields if isinstance(fields, list) else (fields, fields)
+    done = run(engine, prompter, [native(0, **GREEDY | first), native(1, **GREEDY | second)])
+    assert len(engine.seen) == computed
+    assert len(done) == 2
+
+
+def test_sharing_answers_can_be_switched_off(engine, prompter) -> None:
+    run(engine, prompter, [native(number, **GREEDY) for number in range(5)], replace(JOB, dedupe=False))
+    assert len(engine.seen) == 5
+
+
+def test_rows_that_would_share_an_answer_share_a_failure(engine, prompter) -> None:
+    engine.fails_on = 1
+    done = run(engine, prompter, [native(number, **GREEDY) for number in range(3)])
+    assert len(engine.seen) == 1
+    assert [(row.failed, json.loads(row.line)["custom_id"]) for row in done] == [(True, f"r{n}") for n in range(3)]
+
+
+def test_a_cancelled_row_takes_those_that_follow_it_along(engine, prompter) -> None:
+    engine.passes = 3
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    shard = Shard(JOB, iter([native(number, **GREEDY) for number in range(9)]), done.extend)
+    runner.submit(shard)
+    runner.step()
+    runner.cancel(shard, now=True)
+    runner.emit_all()
+    assert not runner.has_work
+    assert done == []
+
+
+def test_rows_without_a_place_in_the_engine_hold_up_no_pass_and_fill_no_memory(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 4)
+    monkeypatch.setattr(shard_runner, "MAX_FOLLOWING", 40)
+    engine.passes = 50
+    read = 0
+
+    def rows() -> Iterator[tuple[int, bytes]]:
+        nonlocal read
+        for number in range(1000):
+            read += 1
+            yield native(number, **GREEDY)
+
+    done: list[DoneRow] = []
+    runner = ShardRunner(engine, prompter)
+    runner.submit(Shard(JOB, rows(), done.extend))
+    runner.step()
+    assert read <= 12
+    for _ in range(48):
+        runner.step()
+    assert 40 <= read <= 60
+    while runner.has_work:
+        before = read
+        runner.step()
+        assert read - before <= 12
+    assert len(done) == 1000
+    assert len(engine.seen) == 1
+
+
+def test_answers_are_kept_up_to_a_number_of_tokens(engine, prompter, monkeypatch) -> None:
+    monkeypatch.setattr(twins, "KEPT_TOKENS", 20)
+    monkeypatch.setattr(shard_runner, "FEED_ROWS", 1)
+    order = [*range(8), 7, 0]  # two tokens each, the answer and the row
+    rows = [native(100 + at, prompt=[prompt], temperature=0) for at, prompt in enumerate(order)]
+    run(engine, prompter, rows)
+    assert len(engine.seen) == 8
+    order = [*range(20, 40), 39, 20]
+    run(engine, prompter, [native(at, prompt=[prompt], temperature=0) for at, prompt in enumerate(order)])
+    assert len(engine.seen) == 8 + 20 + 1
 
 
 MIXED = Job(
