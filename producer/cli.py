@@ -43,7 +43,7 @@ def run(**given: Any) -> ExitCode:
 @cli.command()
 @flagged(WORKER_FLAGS)
 @click.pass_context
-def worker(context: click.Context, /, **given: Any) -> int:
+def worker(context: click.Context, /, **given: Any) -> ExitCode:
     """Runs shards of queued jobs until it is told to end; a second signal ends it at once.
 
     The same as `celery -A loramill.worker.app worker -P threads`, with the settings as environment variables.

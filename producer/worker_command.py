@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from types import FrameType
 
 from loramill.schemas.failures import ExitCode
-from loramill.worker.worker_settings import LIFELINE, WorkerOptions
+from loramill.worker.worker_settings import AGAIN, LIFELINE, WorkerOptions
 
 LOOK_S = 0.1
 
 
-def run_worker(options: WorkerOptions, given: Mapping[str, str]) -> int:
+def run_worker(options: WorkerOptions, given: Mapping[str, str]) -> ExitCode:
     """Runs a worker to its end, and returns its exit code; `given` are the variables that say what the flags said.
 
     Raises Failure for settings that cannot be used.
@@ -25,7 +25,7 @@ def run_worker(options: WorkerOptions, given: Mapping[str, str]) -> int:
     if options.store.startswith("sqlite:"):
         from loramill.worker.serve import serve
 
-        return serve(options)
+        return ExitCode(serve(options))
     return _Celery(options, given).run()
 
 
@@ -44,24 +44,24 @@ class _Celery:
         self._signals = 0
         self._told = 0
 
-    def run(self) -> int:
+    def run(self) -> ExitCode:
         """Until it ends by itself, or because it was told to."""
-        from loramill.worker.housekeeping import STARVED
-
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._count)
         while True:
             code = self._run_once()
-            if code != STARVED or self._signals:
-                return code if code >= 0 else ExitCode.MACHINE
+            if code != AGAIN or self._signals:
+                return ExitCode(code) if code in set(ExitCode) else ExitCode.MACHINE
 
     def _run_once(self) -> int:
         watched, held = os.pipe()
         environment = {**self._environment, LIFELINE: str(watched)}
         # A session of its own: a terminal's Ctrl-C reaches it through this process alone, once and as a SIGTERM.
+        # What Celery prints is no data: standard error.
         process = subprocess.Popen(
-            self._command, env=environment, pass_fds=[watched], start_new_session=True, stdin=subprocess.DEVNULL
-        )
+            self._command, env=environment, pass_fds=[watched], start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+        )  # fmt: skip
         os.close(watched)
         try:
             while (code := process.poll()) is None:

@@ -7,10 +7,12 @@ import os
 import sys
 import threading
 import time
+import warnings
 from typing import Any, NoReturn
 
 from celery import signals
 from celery.apps.worker import Worker
+from celery.platforms import SecurityWarning
 from celery.worker import state
 
 from loramill.schemas.failures import Failure
@@ -20,6 +22,8 @@ from loramill.worker.node import Node, open_node
 from loramill.worker.tickets import TASK, broker_of, make_app, top_up
 from loramill.worker.worker_log import log
 from loramill.worker.worker_settings import LIFELINE, WorkerOptions, worker_options_from
+
+warnings.simplefilter("ignore", SecurityWarning)  # of running as root: in a container there is nobody else
 
 LOOK_S = 0.2
 LAST_S = 1.0
@@ -116,5 +120,3 @@ def _oversee(node: Node, housekeeping: Housekeeping) -> None:
 def _follow(lifeline: int) -> None:
     os.read(lifeline, 1)
     os._exit(1)
-
-

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import IO, Any
 
@@ -264,10 +265,8 @@ class EngineProcess:
             suspects = tuple(sorted(running[key]))
             handle.put(Died(suspects, suspects[0] if lone and suspects else None))
         if child is not None and child.stdin is not None:
-            try:
+            with suppress(OSError):  # what was not sent is nobody's any more
                 child.stdin.close()
-            except OSError:
-                pass  # what was not sent is nobody's any more
 
     # The thread that looks whether it still steps.
 

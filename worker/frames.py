@@ -33,7 +33,7 @@ from __future__ import annotations
 import os
 import struct
 from enum import StrEnum
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 
@@ -69,14 +69,14 @@ class Frame(NamedTuple):
     blob: bytes = b""
 
 
-def write_frame(out: BinaryIO, kind: Kind, blob: bytes = b"", **fields: Any) -> None:
+def write_frame(out: IO[bytes], kind: Kind, blob: bytes = b"", **fields: Any) -> None:
     """Writes a frame at once. Not for two threads at a time. Raises OSError (BrokenPipeError) if nobody reads."""
     header = orjson.dumps({"kind": kind, **fields}, default=os.fspath)
     out.write(_LENGTHS.pack(len(header), len(blob)) + header + blob)
     out.flush()
 
 
-def read_frame(inbound: BinaryIO) -> Frame | None:
+def read_frame(inbound: IO[bytes]) -> Frame | None:
     """The next frame of a buffered stream; None once the other end is closed, be it amid a frame.
 
     Raises ValueError for what is no frame.

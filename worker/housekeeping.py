@@ -12,6 +12,7 @@ from loramill.store.errors import StoreError, StoreLost
 from loramill.worker.node import Node
 from loramill.worker.stopwatch import Stopwatch
 from loramill.worker.worker_log import log, log_seldom
+from loramill.worker.worker_settings import AGAIN
 
 ROUND_S = 1.0
 LOADING_ROUND_S = 0.2
@@ -19,14 +20,12 @@ LOADING_ROUND_S = 0.2
 HELLO_S = 5.0
 REAP_S = 5.0
 SUMMARY_S = 5.0
-STARVED = 75
-"""The exit code of a worker that should be started again (EX_TEMPFAIL)."""
 
 
 class Housekeeping:
     """A thread that goes round about once a second. `code` is the worker's exit code once it is to end."""
 
-    def __init__(self, node: Node, top_up: Callable[[str, int], None] | None = None) -> None:
+    def __init__(self, node: Node, top_up: Callable[[str, int], object] | None = None) -> None:
         """`top_up(base name, ready shards)` makes sure that there are tickets; None where there are none."""
         self.code: int | None = None
         self._node, self._top_up = node, top_up
@@ -74,9 +73,8 @@ class Housekeeping:
             log(f"worker {node.name}: took back {reaped.leases} leases that had run out")
         if node.shards_done != self._summed_up and self._is_due("summary", SUMMARY_S):
             self._summed_up = node.shards_done
-            log(
-                f"worker {node.name}: {node.rows_done} rows done in {node.shards_done} shards, {len(node.leases)} running"
-            )
+            done = f"{node.rows_done} rows done in {node.shards_done} shards"
+            log(f"worker {node.name}: {done}, {len(node.leases)} shards running")
         if node.ready and not node.drain.asked:
             self._see_what_waits()
 
@@ -92,7 +90,7 @@ class Housekeeping:
             self._tickets = node.tickets
             if self._starving.look(time.monotonic(), starving) >= node.options.watchdog_s:
                 log(f"worker {node.name}: shards wait and no ticket comes: ends, to be started again")
-                self.code = STARVED
+                self.code = AGAIN
         if node.options.until_empty and not waiting and node.idle and self._is_empty(set(served)):
             log(f"worker {node.name}: nothing is left to do")
             self.code = int(ExitCode.OK)

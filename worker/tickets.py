@@ -79,7 +79,7 @@ def top_up(app: Celery, base: str, ready: int, cap: int = CAP) -> int:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=CONNECT_S)
             queue = app.amqp.queues.new_missing(name).bind(connection.default_channel)
-            waiting = queue.queue_declare().message_count
+            waiting = int(queue.queue_declare().message_count)
             wanted = max(0, min(ready, cap) - waiting)
             with app.amqp.Producer(connection) as producer:
                 for _ in range(wanted):

@@ -14,6 +14,8 @@ from loramill.worker.settings import DEVICE, MODEL_FLAGS, POSITIVE, ModelOptions
 
 LIFELINE = "LORAMILL_LIFELINE"
 """Set by whoever starts a worker and wants it to end with himself: a file descriptor, of a pipe that he holds open."""
+AGAIN = 75
+"""The exit code of a worker that should be started again (EX_TEMPFAIL)."""
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -29,6 +31,7 @@ class WorkerOptions(ModelOptions):
     """None takes the store's Redis."""
     concurrency: int = 4
     """Shards at a time in one engine."""
+    lease_s: float = 30.0
     hang_timeout_s: float = 300.0
     watchdog_s: float = 60.0
     until_empty: bool = False
@@ -59,6 +62,8 @@ BROKER = flag("--broker", metavar="URL", help="Where tickets are.  [default: the
 WORKER_FLAGS = [
     STORE, FILES, PREFIX, BROKER,
     flag("--concurrency", type=POSITIVE, default=4, help="Shards at a time in one engine."),
+    flag("--lease", dest="lease_s", callback=duration, default="30", metavar="TIME",
+         help="Shards of a worker that is silent for so long go to others."),
     flag("--hang-timeout", dest="hang_timeout_s", callback=duration, default="300", metavar="TIME",
          help="An engine that is busy for so long without a step is killed."),
     flag("--watchdog", dest="watchdog_s", callback=duration, default="60", metavar="TIME",

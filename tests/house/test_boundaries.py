@@ -18,9 +18,7 @@ ROOMS = ("schemas", "kernels", "store", "worker", "producer")
 # Beyond the standard library, numpy, the room itself and the package's version.
 PACKAGE = {"loramill", "loramill.__version__"}
 ENGINE = {"loramill.kernels", "torch", "transformers", "safetensors"}
-SETTINGS = {
-    f"loramill.worker.{name}" for name in ("settings", "specs", "adapters_file", "worker_settings")
-}
+SETTINGS = {f"loramill.worker.{name}" for name in ("settings", "specs", "adapters_file", "worker_settings")}
 QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (

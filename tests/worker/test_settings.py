@@ -99,7 +99,8 @@ def test_errors_are_the_command_lines_and_name_the_variable(
 def test_settings_are_read_without_the_engine() -> None:
     code = (
         "import sys; from loramill.worker.worker_settings import worker_options_from as read; "
-        "read({'LORAMILL_BASE_MODEL': 'b', 'LORAMILL_STORE': 'sqlite:///x'}); print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
+        "read({'LORAMILL_BASE_MODEL': 'b', 'LORAMILL_STORE': 'sqlite:///x'}); "
+        "print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
