@@ -18,11 +18,16 @@ OnInvalid = Literal["fail", "skip"]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
+def new_id() -> str:
+    """Of a job to which nobody gave one."""
+    return f"job_{secrets.token_hex(10)}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """Raises ValueError, in one line, for what no job can be."""
 
-    id: str = field(default_factory=lambda: f"job_{secrets.token_hex(10)}")
+    id: str = field(default_factory=new_id)
     """The same one again is the same job: it is not submitted twice."""
     priority: int = 0
     window_s: float | None = None

@@ -18,7 +18,7 @@ class Sample:
     index: int
     text: str
     token_ids: list[int]
-    """All that was generated, the end-of-sequence token included."""
+    """All that was generated, the end-of-sequence token included; none where the row did not ask for them."""
     finish_reason: str
     """`stop` or `length`."""
     logprobs: dict[str, Any] | None
@@ -77,11 +77,15 @@ def rows_of(prompts: Any, adapter: str | None, sampling: Mapping[str, Any]) -> I
 
 
 def line_of(row: Row, number: int) -> dict[str, Any]:
-    """The row as an input line that has an id and asks for token ids."""
-    body = row.get("body")
-    if isinstance(body, Mapping):
-        return {**row, "body": {**body, "return_token_ids": True}}
-    return {"id": str(number), **row, "return_token_ids": True}
+    """The row as an input line that has an id."""
+    return dict(row) if isinstance(row.get("body"), Mapping) else {"id": str(number), **row}
+
+
+def with_token_ids(line: dict[str, Any]) -> dict[str, Any]:
+    """The input line asking for token ids too."""
+    if isinstance(line.get("body"), Mapping):
+        return {**line, "body": {**line["body"], "return_token_ids": True}}
+    return {**line, "return_token_ids": True}
 
 
 def generated(index: int, line: bytes) -> Generated:
@@ -94,7 +98,7 @@ def generated(index: int, line: bytes) -> Generated:
         Sample(
             choice["index"],
             choice["message"]["content"] if "message" in choice else choice["text"],
-            choice["token_ids"],
+            choice.get("token_ids", []),
             choice["finish_reason"],
             choice["logprobs"],
         )

@@ -12,7 +12,7 @@ from loramill.producer.durations import seconds_of
 from loramill.producer.interrupts import held
 from loramill.producer.store_options import STORE_FLAGS, StoreOptions
 from loramill.schemas.failures import ExitCode
-from loramill.worker.settings import FILE, POSITIVE, flagged
+from loramill.worker.settings import ADAPTER_FLAGS, ALLOW_NOOP, DEVICE, FILE, MAX_RANK, POSITIVE, flag, flagged
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _JSON = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
@@ -117,4 +117,24 @@ def retry(**given: Any) -> ExitCode:
     return module.retry_command(_store(given), **given)
 
 
-COMMANDS = (status, watch, wait, results, cancel, retry, list_)
+@click.command()
+@flagged(
+    [
+        *STORE_FLAGS,
+        *ADAPTER_FLAGS,
+        flag("--base-model", metavar="PATH_OR_ID", help="Open it too: a model folder, or an id on the hub."),
+        flag("--chat-template", type=FILE, metavar="FILE", help="A Jinja chat template in place of the base's own."),
+        ALLOW_NOOP, MAX_RANK, DEVICE,
+        click.option("--output-folder", type=click.Path(path_type=Path), default=Path(), metavar="DIR",
+                     help="Where results will go.  [default: here]"),
+        _JSON,
+    ]
+)  # fmt: skip
+def doctor(output_folder: Path, json: bool, **given: Any) -> ExitCode:
+    """What works here, what does not, and what to do: exit code 1 if something fails."""
+    with held():
+        from loramill.producer import doctor as module
+    return module.doctor(_store(given), output_folder, json=json, **given)
+
+
+COMMANDS = (status, watch, wait, results, cancel, retry, list_, doctor)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from loramill.producer.generated import Generated, Row, generated, line_of, rows_of
+from loramill.producer.generated import Generated, Row, generated, line_of, rows_of, with_token_ids
 from loramill.producer.progress import note
 from loramill.producer.reader import Input
 from loramill.producer.validate import validate
@@ -165,7 +165,7 @@ class Mill:
         file = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
         first = self._rows_seen
         for row in rows:
-            file.write(json.dumps(line_of(row, self._rows_seen)).encode() + b"\n")
+            file.write(json.dumps(with_token_ids(line_of(row, self._rows_seen))).encode() + b"\n")
             self._rows_seen += 1
         file.flush()
         source = Input("rows", file)

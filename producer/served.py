@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loramill.producer.offers import Able, Offer, able, choose, of_base, open_offer
 from loramill.schemas.failures import ExitCode, Failure
@@ -11,6 +14,9 @@ from loramill.schemas.manifest import Manifest
 from loramill.store.contract import JobStore
 from loramill.store.records import WorkerRecord
 from loramill.worker.settings import ModelOptions
+
+if TYPE_CHECKING:
+    from loramill.worker.models import Models
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,7 +51,7 @@ def opened_here(options: ModelOptions, store: JobStore | None, *, publish: bool)
     from loramill.worker.models import open_models
 
     models = open_models(options)
-    manifest, blobs = manifest_of(models, options)
+    manifest, blobs = manifest_of(models, options, _dtype(models, options))
     if store is not None and publish:
         for digest, content in blobs.items():
             if not store.has_blob(digest):
@@ -60,3 +66,14 @@ def opened_here(options: ModelOptions, store: JobStore | None, *, publish: bool)
 
     offer = open_offer(group, workers, blob)
     return Served(offer, [manifest, *others], workers, (*models.warnings, *offer.warnings))
+
+
+def _dtype(models: Models, options: ModelOptions) -> str:
+    """What a worker computes in. Raises Failure (INPUT) where only the weights could tell."""
+    config = json.loads(Path(models.base.path, "config.json").read_bytes())
+    said = config.get("dtype") or config.get("torch_dtype")
+    if options.dtype != "auto":
+        return options.dtype
+    if not isinstance(said, str):
+        raise Failure(ExitCode.INPUT, f"{models.base.path}: its config.json names no dtype: give --dtype")
+    return said

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from loramill.producer.offers import able
-
 from loramill.producer.durations import in_words as time_in_words
+from loramill.producer.offers import able
 from loramill.producer.outcomes import as_data, in_words, why_refused
 from loramill.schemas.errors import printable
 from loramill.schemas.job import JobStatus

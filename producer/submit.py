@@ -101,13 +101,18 @@ def check(
 
 
 def submit(
-    store: JobStore, source: Input, ask: Ask, look: Callable[[], Served], on_progress: Progress | None = None
+    store: JobStore,
+    source: Input,
+    ask: Ask,
+    look: Callable[[], Served],
+    on_progress: Progress | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Submitted:
     """The job of `source`, accepted. If a job of that id is there already, it is that one, and nothing happens.
 
-    `look` says what can be asked for. Whatever happens, an interrupt too, the job is accepted as a whole, or it is as
-    if nothing had been submitted. Raises Failure: INPUT for an input that is refused, USAGE if the job of that id is
-    another; InputError, StoreError.
+    `look` says what can be asked for; what `go_on` raises, which is called before each shard, ends it. Whatever
+    happens, an interrupt too, the job is accepted as a whole, or it is as if nothing had been submitted. Raises
+    Failure: INPUT for an input that is refused, USAGE if the job of that id is another; InputError, StoreError.
     """
     if before := _before(store, source, ask):
         return Submitted(before, None)
@@ -118,10 +123,12 @@ def submit(
         store.stage(spec)
         try:
             for number, rows in enumerate(_rows(checked)):
+                go_on()
                 store.add_shard(spec.id, NewShard(number, rows, checked.shards[number].adapters))
             failed = invalid.rows(spec.id)
             while some := list(islice(failed, _INVALID_ROWS)):
                 store.add_results(spec.id, some)
+            go_on()
             return Submitted(store.accept(spec.id), checked)
         except BaseException:
             if accepted := _withdrawn(store, spec.id):

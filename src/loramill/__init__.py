@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loramill.producer.async_mill import AsyncMill
+    from loramill.producer.client import Producer
     from loramill.producer.mill import Mill
 
 __version__ = "0.1.0"
-__all__ = ["AsyncMill", "Mill", "__version__"]
+__all__ = ["AsyncMill", "Mill", "Producer", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> object:
         from loramill.producer import async_mill
 
         return getattr(async_mill, name)
+    if name == "Producer":
+        from loramill.producer import client
+
+        return client.Producer
     raise AttributeError(f"module 'loramill' has no attribute {name!r}")
