@@ -37,12 +37,12 @@ class Files:
         try:
             # Refused now, and not after the first rows were computed.
             probe = f".probe-{uuid.uuid4().hex}"
-            self.put(probe, b"")
+            self.put(probe, b"\n")
             self._system.rm_file(self._path(probe))
         except StoreFull:
             raise
         except Exception as error:
-            reason = error if isinstance(error, StoreError) else _reason(error)
+            reason = _reason(error.__cause__ if isinstance(error, StoreError) else error)
             raise StoreRefused(f"cannot use the folder {url} for part files: {reason}") from error
 
     def put(self, name: str, data: bytes) -> None:
@@ -52,9 +52,7 @@ class Files:
             if self._local:
                 _put_local(Path(path), data)
             else:
-                # An object appears whole or not at all; folders are where they are needed.
-                self._system.makedirs(self._system._parent(path), exist_ok=True)
-                self._system.pipe_file(path, data)
+                self._put_whole(path, data)
 
     def get(self, name: str) -> bytes:
         """Raises StoreError if it is not there."""
@@ -64,10 +62,20 @@ class Files:
     def remove(self, folder: str) -> None:
         """Removes `url/folder` with everything in it; nothing if it is not there."""
         with self._failures("remove", folder):
+            path = self._path(folder)
+            self._system.invalidate_cache()  # others have written there
             try:
-                self._system.rm(self._path(folder), recursive=True)
+                self._system.rm(path, recursive=True)
             except FileNotFoundError:
                 return
+
+    def _put_whole(self, path: str, data: bytes) -> None:
+        """An object appears whole or not at all. Where there are folders, they are made when they are missed."""
+        try:
+            self._system.pipe_file(path, data)
+        except FileNotFoundError:
+            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._system.pipe_file(path, data)
 
     def _path(self, name: str) -> str:
         parts = name.split("/")

@@ -283,5 +283,5 @@ def same(found: Any) -> Any:
 
 def test_the_machine_sees_no_difference(new_place: Callable[[], Place]) -> None:
     run_state_machine_as_test(
-        lambda: StoreMachine(new_place()), settings=settings(max_examples=100, stateful_step_count=40)
+        lambda: StoreMachine(new_place()), settings=settings(max_examples=40, stateful_step_count=40)
     )
