@@ -19,7 +19,7 @@ from loramill.producer.offers import Able
 from loramill.producer.pinning import pin
 from loramill.producer.reader import Input
 from loramill.producer.served import Served
-from loramill.producer.shards import Need, Shard, cut, rows_a_shard
+from loramill.producer.shards import BASE, Need, Shard, cut, rows_a_shard
 from loramill.producer.validate import validate
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import JobSpec, JobStatus
@@ -183,7 +183,8 @@ def _cut(index: Index, served: Served) -> Iterator[Shard]:
         )
         for uses in index.mixes
     ]
-    workers = served.able(tuple(need.adapters) for need in needs)
+    present = [needs[number] if number >= 0 else BASE for number in np.unique(index.mix)]
+    workers = served.able(tuple(need.adapters) for need in present)
     running = len(workers.all_of_it) + len(workers.part_of_it)
     return cut(
         plan.order,
