@@ -20,6 +20,7 @@ import loramill
 from loramill.producer.store_options import StoreOptions, store_of
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.store.contract import JobStore
+from loramill.store.errors import StoreLost
 
 LITTLE_DISK = 10 * 2**30
 SMALL_DISK = 2**30
@@ -81,6 +82,9 @@ def examined(what: str, check: Check) -> Iterator[Finding]:
     try:
         yield from check()
     except Failure as failure:
+        if isinstance(failure.__cause__, StoreLost):
+            yield Finding(what, State.WARN, str(failure), "that is so before the first submit")
+            return
         for line in failure.lines:
             yield Finding(what, State.FAIL, line)
     except Exception as error:
@@ -131,7 +135,7 @@ def version_of(package: str) -> str | None:
 
 def disk(output: Path) -> Iterator[Finding]:
     """Room where results go, and where inputs that are no plain files are spooled."""
-    for what, folder in (("results", output), ("temporary files", Path(tempfile.gettempdir()))):
+    for what, folder in (("results", output.resolve()), ("temporary files", Path(tempfile.gettempdir()))):
         try:
             with tempfile.TemporaryFile(dir=folder):
                 free = shutil.disk_usage(folder).free

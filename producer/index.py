@@ -41,6 +41,8 @@ class Index:
     mix: NDArray[np.int32]
     """Position in `mixes`; -1 is the base."""
     prompt_tokens: NDArray[np.int32]
+    prompt_hash: NDArray[np.int64]
+    """Equal for equal prompts."""
     max_tokens: NDArray[np.int32]
     """Resolved: the most tokens that one answer of the row can have."""
     n: NDArray[np.int32]

@@ -119,6 +119,7 @@ class LocalEngine:
             defaults=self._base.sampling_defaults,
             max_model_len=self._base.max_model_len,
             seed=self._options.seed,
+            dedupe=not self._options.no_dedupe,
         )
         merged = plan.merged
         # Rows with merged weights ask for no slots: to the forecast they are the base's.

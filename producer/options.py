@@ -57,6 +57,7 @@ _RUN_FLAGS = [
     flag("--limit", type=POSITIVE, metavar="N", help="Only the first N rows."),
     flag("--on-invalid", type=click.Choice(["fail", "skip"]), default="fail",
          help="Invalid lines stop the run before it starts, or go to the error file."),
+    flag("--no-dedupe", is_flag=True, help="Compute rows one by one though they must come to the same answer."),
     flag("--overwrite", is_flag=True, help="Replace an output that exists, and a journal of another job."),
     flag("--allow-failures", is_flag=True, help="Exit 0 though rows failed."),
     flag("--explain", is_flag=True, help="Print the plan and run nothing."),

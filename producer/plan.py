@@ -40,6 +40,7 @@ def plan(
     facts: Sequence[MixFacts],
     limits: Limits,
     *,
+    prompt_hash: NDArray[np.int64] | None = None,
     mode: Literal["auto", "dynamic", "static"] = "auto",
     order: Literal["throughput", "input"] = "throughput",
     costs: Costs | None = None,
@@ -48,6 +49,7 @@ def plan(
     """Every row in one wave; no wave with more adapters than slots; the same for the same arguments.
 
     mix: (rows,) position in `facts`, -1 for the base.  prompt_tokens, answer_tokens: (rows,); answers at their longest.
+    prompt_hash: (rows,) equal for equal prompts, if such rows are to be side by side: their answers can be shared.
     decided: what an earlier run of the same job decided, kept as it is.
 
     `throughput` serves all dynamic waves, which run on into one another, and then one static wave for each merged mix,
@@ -70,6 +72,8 @@ def plan(
     waves: list[Wave] = []
     for start in range(0, len(mix), size):
         rows = np.arange(start, min(start + size, len(mix)))
+        if prompt_hash is not None and order == "throughput":
+            rows = _twins_together(prompt_hash)
         dynamic, static = rows[~is_static[rows]], rows[is_static[rows]]
         if order == "throughput":
             waves += arrange(dynamic, mix, cost, facts, limits)
@@ -78,6 +82,13 @@ def plan(
         waves += _static_waves(static, mix, cost)
     all_rows = np.concatenate([wave.rows for wave in waves]) if waves else np.empty(0, np.int64)
     return Plan(waves, all_rows, decisions, predict(waves, work, facts, limits, costs))
+
+
+def _twins_together(prompt_hash: NDArray[np.int64]) -> Ints:
+    """All positions: rows of one prompt after the first of them, otherwise in input order. What orders rows by cost
+    afterwards leaves those of equal cost as they are."""
+    _, first, prompt = np.unique(prompt_hash, return_index=True, return_inverse=True)
+    return np.arange(len(prompt)) if len(first) == len(prompt) else np.argsort(first[prompt], kind="stable")
 
 
 def _static_waves(rows: Ints, mix: NDArray[np.int32], cost: Ints) -> Iterator[Wave]:

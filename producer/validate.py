@@ -64,7 +64,7 @@ def validate(
 
 
 class _Scan:
-    """The columns while they grow: 44 bytes a row."""
+    """The columns while they grow: 52 bytes a row."""
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class _Scan:
         self._id_hash = array("q")
         self._mix = array("i")
         self._prompt_tokens = array("i")
+        self._prompt_hash = array("q")
         self._max_tokens = array("i")
         self._n = array("i")
         self._endpoints: set[str] = set()
@@ -110,6 +111,7 @@ class _Scan:
         self._offset.append(offset)
         self._length.append(len(raw))
         self._prompt_tokens.append(0)
+        self._prompt_hash.append(0)
         self._max_tokens.append(0)
         self._n.append(0)
         try:
@@ -143,6 +145,7 @@ class _Scan:
                 if isinstance(prompt, LineError):
                     raise prompt
                 self._prompt_tokens[position] = len(prompt)
+                self._prompt_hash[position] = hash(tuple(prompt))  # of integers: the same in every process
                 self._max_tokens[position] = resolve_max_tokens(
                     row.params, len(prompt), self._prompters.base.limits.max_model_len
                 )
@@ -176,6 +179,7 @@ class _Scan:
             length=np.frombuffer(self._length, np.int32)[valid],
             mix=np.frombuffer(self._mix, np.int32)[valid],
             prompt_tokens=np.frombuffer(self._prompt_tokens, np.int32)[valid],
+            prompt_hash=np.frombuffer(self._prompt_hash, np.int64)[valid],
             max_tokens=np.frombuffer(self._max_tokens, np.int32)[valid],
             n=np.frombuffer(self._n, np.int32)[valid],
             mixes=list(self._mixes)[1:],

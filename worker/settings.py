@@ -66,6 +66,8 @@ class ModelOptions(AdapterOptions):
     device: str = "auto"
     seed: int = 0
     """For rows without a seed of their own."""
+    no_dedupe: bool = False
+    """Whether rows are computed one by one though they must come to the same answer. In a queue a job says so."""
 
 
 class _CommaSeparated(click.types.StringParamType):

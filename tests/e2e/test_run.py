@@ -46,6 +46,19 @@ def test_adapters_change_the_answers_and_slots_do_not(desk, rows) -> None:
     assert narrow.summary["adapter_evictions"] >= 2
 
 
+def test_identical_rows_are_computed_once_unless_that_is_switched_off(desk, rows) -> None:
+    desk.write([{**row, "prompt": "same", "adapter": ("one", "two")[n % 2]} for n, row in enumerate(rows(12))])
+    once = desk.run("--json", "--quiet")
+    shared = [(result["custom_id"], answer(result)) for result in desk.results()]
+    each = desk.run("--json", "--quiet", "--overwrite", "--no-dedupe")
+    assert [(result["custom_id"], answer(result)) for result in desk.results()] == shared
+    assert len({text for _, text in shared}) == 2
+    for ended in (once, each):
+        assert ended.summary["completion_tokens"] == sum(
+            result["response"]["body"]["usage"]["completion_tokens"] for result in desk.results()
+        )
+
+
 def test_openai_lines_chats_and_all_ways_to_name_a_model(desk) -> None:
     def line(name: str, model: str | None) -> dict:
         body = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 4, "temperature": 0}

@@ -37,6 +37,7 @@ ALLOWED = {
     "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
+    "producer/doctor_engine.py": {"loramill.worker", "loramill.kernels", "torch"},
     "producer/verify.py": {"loramill.worker", "loramill.schemas", "click", "torch", "transformers", "peft"},
     "producer/run.py": {
         *("loramill.worker.models", "loramill.worker.base_files"),

@@ -45,7 +45,9 @@ def main(rows: int, folder: str) -> None:
     with open_input(str(path), folder) as source:
         index = validate(source, prompter, names=names, max_mix=8)
         facts = [MixFacts((number,), 8) for number in range(len(index.mixes))]
-        order = plan(index.mix, index.prompt_tokens, index.max_tokens, facts, Slots(8, 256, 8192)).rows
+        order = plan(
+            index.mix, index.prompt_tokens, index.max_tokens, facts, Slots(8, 256, 8192), prompt_hash=index.prompt_hash
+        ).rows
     seconds = time.perf_counter() - began
     print(json.dumps({"rows": len(order), "rows_per_s": rows / seconds, "growth_mb": peak_mb() - before}))
 

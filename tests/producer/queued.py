@@ -27,7 +27,7 @@ class Queue:
         self.manifest = self._manifest(tokenizer)
 
     def _manifest(self, tokenizer: Path) -> Manifest:
-        files = {path.name: self.store.put_blob(path.read_bytes()) for path in tokenizer.glob("token*.json")}
+        files = {path.name: self.store.put_blob(path.read_bytes()) for path in tokenizer.glob("*.json*")}
         return Manifest(
             base="tiny", parts={"weights": "tiny"}, max_model_len=256, vocab_size=258, max_loras=4,
             sampling_defaults={}, tokenizer="t", tokenizers={"t": files},

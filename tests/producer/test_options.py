@@ -46,6 +46,7 @@ VALUES = {
     "--limit": ("10", 10),
     "--seed": ("18446744073709551615", 2**64 - 1),
     "--on-invalid": ("skip", "skip"),
+    "--no-dedupe": ("1", True),
     "--overwrite": ("true", True),
     "--allow-failures": ("yes", True),
     "--json": ("on", True),

@@ -203,6 +203,19 @@ def test_overlapping_mixes_that_fit_are_served_together() -> None:
     assert all({0, 1, 2} <= set(wave.mixes) or not {0, 1, 2} & set(wave.mixes) for wave in made.waves)
 
 
+def test_rows_of_one_prompt_are_side_by_side_and_others_stay_in_input_order() -> None:
+    mix, tokens = np.array([0] * 8 + [-1] * 4, np.int32), np.array([9, 9, 5, 9, 9, 5, 9, 9] + [9] * 4)
+    prompts = np.array([70, 10, 30, 10, 70, 30, 20, 10, 1, 2, 1, 2])
+    facts, limits = [MixFacts((0,), 1)], Limits(1, 4, 999)
+    assert plan(mix, tokens, tokens, facts, limits, prompt_hash=prompts, mode="static").rows.tolist() == [
+        8, 10, 9, 11, 0, 4, 1, 3, 7, 6, 2, 5
+    ]  # fmt: skip
+    distinct = plan(mix, tokens, tokens, facts, limits, prompt_hash=np.arange(12)[::-1]).rows
+    assert distinct.tolist() == plan(mix, tokens, tokens, facts, limits).rows.tolist()
+    in_turn = plan(mix, tokens, tokens, facts, limits, prompt_hash=prompts, order="input").rows
+    assert in_turn.tolist() == plan(mix, tokens, tokens, facts, limits, order="input").rows.tolist()
+
+
 def order_of(adapter: list[int] | Ints, cost: list[int] | Ints, slots: int, max_num_seqs: int) -> Ints:
     mix, tokens = np.asarray(adapter, np.int32), np.asarray(cost, np.int64)
     facts = [MixFacts((number,), 1) for number in range(int(mix.max(initial=-1)) + 1)]

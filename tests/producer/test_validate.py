@@ -188,8 +188,14 @@ def test_a_batch_boundary_changes_nothing(bench: Bench, monkeypatch: pytest.Monk
     monkeypatch.setattr(validate_module, "_BATCH_BYTES", 300)
     parts = bench.run(lines)
     assert len(bench.progress) > 5 and bench.progress == sorted(bench.progress)
-    for column in ("row", "offset", "length", "mix", "prompt_tokens", "max_tokens", "n"):
+    for column in ("row", "offset", "length", "mix", "prompt_tokens", "prompt_hash", "max_tokens", "n"):
         np.testing.assert_array_equal(getattr(whole, column), getattr(parts, column))
+
+
+def test_equal_prompts_have_equal_hashes_whatever_else_differs(bench: Bench) -> None:
+    index = bench.run([line("a"), line("b", adapter="sql", n=2), line("c", prompt="abd"), line("d", prompt=[1, 2])])
+    assert index.prompt_hash[0] == index.prompt_hash[1]
+    assert len(set(index.prompt_hash.tolist())) == 3
 
 
 def test_mixes_are_numbered_as_they_come(bench: Bench) -> None:
