@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 TINY := examples/tiny
 
-.PHONY: demo test check bench gpu tiny clean
+.PHONY: demo test check bench gpu tiny clean redis
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,8 +22,20 @@ demo: $(VENV)/.installed
 	$(BIN)/loramill run -i $(TINY)/jobs.jsonl -o out/demo.jsonl --base-model $(TINY)/base --adapters-dir $(TINY)/adapters --overwrite
 	@$(BIN)/python examples/show.py $(TINY)/jobs.jsonl out/demo.jsonl
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test redis
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests of the queue start real servers. A service that Debian starts with the package would only be in their way;
+# policy-rc.d is how Debian is told so, and exit 101 means "not allowed".
+redis:
+	@fits() { command -v redis-server >/dev/null && redis-server --version | grep -qE 'v=([7-9]|[1-9][0-9])\.'; }; \
+	if fits || [ "$$LORAMILL_NO_REDIS" = 1 -a -z "$$CI" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    policy=/usr/sbin/policy-rc.d; \
+	    [ -e $$policy ] || { trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; }; \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends redis-server; \
+	fi; \
+	fits || { echo "make: the tests need redis-server 7 or newer: install it, or set LORAMILL_NO_REDIS=1 to skip them" >&2; exit 1; }
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ def said(error: redis.RedisError, url: str, about: str) -> StoreError | None:
     return kind(text.format(url=url, about=about)) if kind else None
 
 
-def translated(error: redis.RedisError | OSError, url: str) -> StoreError:
+def translated(error: redis.RedisError | OSError, url: str, *, opening: bool = False) -> StoreError:
     """Any failure as a StoreError of one line that says what to do next."""
     text, code = " ".join(str(error).split()), code_of(error)
     if isinstance(error, _AUTHENTICATION):
@@ -66,8 +66,8 @@ def translated(error: redis.RedisError | OSError, url: str) -> StoreError:
     if code in _CLUSTER:
         return StoreRefused(CLUSTER.format(url=url))
     if code in _PASSING or isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
-        plain = url.startswith("redis:") and "closed by server" in text
-        return StoreUnreachable(f"{url} does not answer: {text}{' (if it wants TLS: rediss://)' if plain else ''}")
+        hint = _scheme_hint(url, text) if opening else ""
+        return StoreUnreachable(f"{url} does not answer: {text}{hint}")
     return StoreRefused(f"{url} refused a command: {text}")
 
 
@@ -92,12 +92,19 @@ def code_of(error: BaseException) -> str:
     return str(getattr(error, "status_code", None) or str(error).split(" ")[0].rstrip("."))
 
 
+def _scheme_hint(url: str, text: str) -> str:
+    """A server takes the other kind of beginning for noise: with TLS it hangs up, without it waits for more."""
+    if url.startswith("redis:") and ("closed by server" in text or "reset by peer" in text):
+        return " (if it wants TLS: rediss://)"
+    return " (if it has no TLS: redis://)" if url.startswith("rediss:") and "Timeout" in text else ""
+
+
 def _tls_trouble(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not trusted: {cause.verify_message}; add ?ssl_ca_certs=FILE to the URL"
         if isinstance(cause, ssl.SSLError):
-            return f"{cause.reason or cause}; redis:// is the same without TLS"
+            return f"{cause.reason or cause}; without TLS it is redis://"
         cause = cause.__cause__ or cause.__context__
     return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -45,7 +45,9 @@ class Link:
                 health_check_interval=HEALTH_CHECK_S, max_connections=MAX_CONNECTIONS,
                 # The pool connects anew if an idle connection was closed. Nothing that was sent is sent again.
                 retry=Retry(NoBackoff(), 0),
-                protocol=2, driver_info=None,
+                # The name is for CLIENT LIST. And that there is an answer to it takes TLS 1.3's tickets off the wire,
+                # which redis-py 8.1 otherwise takes for a connection in disorder.
+                protocol=2, driver_info=None, client_name="loramill",
             )  # fmt: skip
         except ValueError as error:
             raise StoreRefused(f"{self.url} is not a store's URL: {error}") from error
@@ -79,14 +81,7 @@ class Link:
 
     def read(self, *commands: tuple[str | int, ...]) -> list[Any]:
         """The answers to commands that read, all of one moment. Keys are given without the prefix."""
-        with self._mapped(), self._client.pipeline(transaction=True) as pipe:
-            pipe.hget(f"{self.prefix}:store", "id")
-            for name, key, *args in commands:
-                pipe.execute_command(name, f"{self.prefix}:{key}", *args)
-            found, *answers = list(pipe.execute())
-            if found is None or found.decode() != self.id:
-                raise redis.ResponseError("LOST")
-        return answers
+        return list(self.call("read", *(part for command in commands for part in (len(command), *command))))
 
     def info(self) -> Mapping[str, Any]:
         """The server's INFO. Raises StoreRefused if it is none that can hold a store."""
@@ -114,25 +109,32 @@ class Link:
             yield
         except (redis.RedisError, OSError) as error:
             known = said(error, self.url, str(about)) if isinstance(error, redis.RedisError) else None
-            raise known or translated(error, self.url) from error
+            raise known or translated(error, self.url, opening=not self.id) from error
 
 
 def public_url(url: str) -> str:
     """The URL without its password and options."""
-    parts = urlsplit(url)
+    if _torn(parts := urlsplit(url)):
+        return f"{parts.scheme}://..."
     user = f"{parts.username}@" if parts.username else ""
     return f"{parts.scheme}://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _checked(url: str) -> str:
     """The URL for redis-py, which would ignore what it does not know."""
-    parts = urlsplit(url)
+    if _torn(parts := urlsplit(url)):
+        raise ValueError("in a password / ? # are written %2F %3F %23")
     options = parse_qsl(parts.query)
     if unknown := [name for name, _ in options if name not in _QUERY]:
         raise ValueError(f"it has no option {unknown[0]}")
     if parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit():
         raise ValueError(f"a database is a number, not {parts.path.strip('/')}")
     return parts._replace(query=urlencode([(name, value) for name, value in options if name != "volatile"])).geturl()
+
+
+def _torn(parts: SplitResult) -> bool:
+    """Whether what comes after the host has the end of a password in it, which must not be shown."""
+    return any("@" in part for part in (parts.path, parts.query, parts.fragment))
 
 
 _CREATE = """#!lua

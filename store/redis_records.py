@@ -13,8 +13,9 @@ from loramill.store.records import Claim, Job, Lease, ShardInfo, ShardState, Wor
 NEARLY_FULL = 0.8
 
 
-def job_of(fields: Mapping[bytes, bytes], chunks: int) -> Job:
-    """A job from its hash."""
+def job_of(pairs: Sequence[bytes], chunks: int) -> Job:
+    """A job from its hash: names and values in turn."""
+    fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
     def time_ms(name: bytes) -> int | None:
         return int(fields[name]) if name in fields else None
@@ -58,7 +59,7 @@ def warnings_of(info: Mapping[str, Any], *, durable: bool) -> tuple[str, ...]:
     found = []
     if not durable:
         found.append("a restart of the server loses every job: set appendonly yes")
-    elif not info["aof_enabled"]:
+    elif not info.get("aof_enabled"):
         found.append("a crash of the server loses what came since its last snapshot: set appendonly yes")
     if info.get("aof_last_write_status", "ok") != "ok" or info.get("rdb_last_bgsave_status", "ok") != "ok":
         found.append("the server could not write to its disk")

@@ -40,8 +40,9 @@ from loramill.store.records import (
 from loramill.store.redis_link import READ_TIMEOUT_S, Link
 from loramill.store.redis_records import claim_of, job_of, shard_of, warnings_of, worker_of
 
-LOOK_ON = 4096
-"""Shards that are looked at for HEAD of them that the worker can serve."""
+LOOK_ON = 2048
+"""Shards that are looked at for HEAD of them that the worker can serve: 7 ms if it can serve none of them. What is
+behind them is found by the adapters that it serves."""
 REAP_MOST = 256
 """Of each kind in one round: a script holds up everybody else."""
 
@@ -72,8 +73,8 @@ class RedisStore(JobStore):
         self._link = Link(url, prefix, timeout_s=timeout_s, clock=clock)
         try:
             info = self._link.info()
-            self._snapshots = not info["aof_enabled"] and self._link.snapshots()
-            if not (volatile or info["aof_enabled"] or self._snapshots):
+            self._snapshots = not info.get("aof_enabled") and self._link.snapshots()
+            if not (volatile or info.get("aof_enabled") or self._snapshots):
                 raise StoreRefused(
                     f"{self._link.url} keeps nothing on disk, so a restart would lose every job: "
                     "set appendonly yes, or add ?volatile=1 to the URL if that is all right"
@@ -112,7 +113,7 @@ class RedisStore(JobStore):
 
     def jobs(self, *, after: str | None = None, limit: int = 20) -> list[Job]:
         found = self._link.call("jobs", after or "", limit, about=after)
-        return [job_of(dict(zip(fields[::2], fields[1::2], strict=True)), chunks) for fields, chunks in found]
+        return [job_of(fields, chunks) for fields, chunks in found]
 
     def shards(self, job_id: str) -> list[ShardInfo]:
         return [shard_of(number, fields) for number, fields in self._link.call("shards", job_id)]
@@ -236,7 +237,7 @@ class RedisStore(JobStore):
     def info(self) -> StoreInfo:
         info = self._link.info()
         (pending,) = self._link.read(("HGET", "store", "pending"))
-        durable = bool(info["aof_enabled"]) or self._snapshots
+        durable = bool(info.get("aof_enabled")) or self._snapshots
         return StoreInfo(
             self._link.url, self._link.id, f"redis {info['redis_version']}", durable, int(info["used_memory"]),
             int(info["maxmemory"]) or None, int(pending or 0), warnings_of(info, durable=durable),

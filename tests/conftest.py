@@ -128,3 +128,18 @@ def redis_server(need_redis: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """One for all tests that take nothing away from it; each uses a key prefix of its own."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+@pytest.fixture
+def new_redis(need_redis: None, tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Starts servers that a test may do anything to; the arguments are RedisServer's."""
+    started: list[RedisServer] = []
+
+    def start(**settings: Any) -> RedisServer:
+        started.append(RedisServer(tmp_path / f"redis-{len(started)}", **settings).start())
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.resume()
+        server.kill()

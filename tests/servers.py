@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,12 @@ START_S = 20.0
 
 
 def has_redis() -> bool:
-    """Whether there is a redis-server to start."""
-    return shutil.which("redis-server") is not None
+    """Whether there is a redis-server to start, and new enough."""
+    if shutil.which("redis-server") is None:
+        return False
+    said = subprocess.run(["redis-server", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"v=(\d+)", said)
+    return version is not None and int(version[1]) >= 7
 
 
 class RedisServer:

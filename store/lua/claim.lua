@@ -30,7 +30,7 @@ end
 local best
 -- The first of a set that can be served, `want` of them, page by page: those that cannot must not hide them.
 local function look(set, want)
-  local size = want
+  local size = math.max(want, 16)
   for start = 0, look_on - 1, size do
     local page = call('ZRANGE', set, start, start + size - 1, 'WITHSCORES')
     for at = 1, #page, 2 do
