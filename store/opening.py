@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from loramill.store.contract import RETENTION_S, JobStore
+from loramill.store.contract import LEASE_S, RETENTION_S, JobStore
 from loramill.store.part_files import Files
 
 EXAMPLES = "sqlite:///jobs.db, sqlite:////var/lib/loramill/jobs.db, redis://host:6379/0"
@@ -21,6 +21,7 @@ def open_store(
     create: bool = True,
     volatile: bool = False,
     retention_s: float = RETENTION_S,
+    lease_s: float = LEASE_S,
 ) -> JobStore:
     """The store at `sqlite:///path` (`sqlite:////path` from the root), `redis://`, `rediss://` or `unix://`.
 
@@ -33,7 +34,7 @@ def open_store(
         path = _sqlite_path(url, options)
         from loramill.store.sqlite_store import SqliteStore
 
-        return SqliteStore(path, files=_files(files), create=create, retention_s=retention_s)
+        return SqliteStore(path, files=_files(files), create=create, retention_s=retention_s, lease_s=lease_s)
     if scheme not in _REDIS:
         raise ValueError(f"{_named(url)} is no store's URL: give one such as {EXAMPLES}")
     given = options.pop("volatile", "1" if volatile else "0")
@@ -45,8 +46,9 @@ def open_store(
 
     plain = urlunsplit(urlsplit(url)._replace(query=urlencode(options)))
     return RedisStore(
-        plain, files=_files(files), prefix=prefix, create=create, volatile=_SWITCH[given], retention_s=retention_s
-    )
+        plain, files=_files(files), prefix=prefix, create=create, volatile=_SWITCH[given], retention_s=retention_s,
+        lease_s=lease_s,
+    )  # fmt: skip
 
 
 def _sqlite_path(url: str, options: Mapping[str, str]) -> str:

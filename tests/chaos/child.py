@@ -1,5 +1,5 @@
-"""`python -m tests.chaos.child`: the stub engine, whose answers say by which adapter they were computed, and which keeps
-a log of every row that it computed (in the file STUB_RAN)."""
+"""`python -m tests.chaos.child`: the stub engine, whose answers say by which adapter they were computed, and which
+keeps a log of every row that it computed (in the file STUB_RAN). STUB_SLOW_PASSES: how many passes SLOW takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from loramill.worker import child
 from loramill.worker.request import Request, Result
 from loramill.worker.serving import Served
 from loramill.worker.settings import ModelOptions
+from tests import stub_engine
 from tests.stub_engine import StubEngine, manifest, open_stub
 
 
@@ -47,4 +48,5 @@ def open_telling(options: ModelOptions) -> Served:
 
 
 if __name__ == "__main__":
+    stub_engine.SLOW_PASSES = int(os.environ.get("STUB_SLOW_PASSES", stub_engine.SLOW_PASSES))
     child.main(open_telling)

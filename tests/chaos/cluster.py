@@ -38,7 +38,6 @@ HASHES: dict[str | None, str | None] = {None: None} | {one.name: one.sha256 for 
 
 LEASE_S = 2.0
 SHORT_TIMES = {
-    "loramill.store.contract:LEASE_S": LEASE_S,
     "loramill.store.contract:WORKER_TTL_S": 4.0,
     "loramill.store.redis_link:READ_TIMEOUT_S": LEASE_S,
     "loramill.worker.housekeeping:HELLO_S": 0.5,
@@ -165,7 +164,7 @@ class Cluster:
             "LORAMILL_STORE_PREFIX": self.prefix,
             "LORAMILL_BASE_MODEL": BASE,
             "LORAMILL_DEVICE": "cpu",
-            "LORAMILL_CONCURRENCY": "4",
+            "LORAMILL_LEASE": str(LEASE_S),
             "LORAMILL_ID": name,
             "LORAMILL_CHILD": f"{sys.executable} -m tests.chaos.child",
             "STUB_RAN": str(self.ran),
@@ -177,15 +176,15 @@ class Cluster:
 
     def worker(
         self, name: str | None = None, *, form: Form = "celery", chaos: Chaos | None = None, url: str | None = None,
-        **environment: str,
+        threads: int = 4, **environment: str,
     ) -> Worker:  # fmt: skip
         """Starts one; `form`: Celery itself, or `loramill worker`. `url`: where it sees the store, if elsewhere."""
         name = name or f"w{len(self.workers)}"
         command = {
-            "celery": ["-m", "celery", "-A", "loramill.worker.app", "worker", "-P", "threads", "-c", "4"],
+            "celery": ["-m", "celery", "-A", "loramill.worker.app", "worker", "-P", "threads", "-c", str(threads)],
             "command": ["-c", "from loramill.producer.cli import main; main(['worker'])"],
         }[form]
-        more = environment | ({"LORAMILL_STORE": url} if url else {})
+        more = environment | {"LORAMILL_CONCURRENCY": str(threads)} | ({"LORAMILL_STORE": url} if url else {})
         log = self.folder / f"{name}.log"
         worker = Worker(name, [sys.executable, *command], self.environment(name, chaos, **more), log)
         self.workers.append(worker)

@@ -72,7 +72,7 @@ def test_a_commit_after_a_pause_beyond_the_lease_is_fenced(cluster: Cluster) -> 
 
 
 def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(cluster: Cluster) -> None:
-    rows = rows_of(120, special={number: "SLOW" for number in range(60, 120)})
+    rows = rows_of(120, special=dict.fromkeys(range(60, 120), "SLOW"))
     first = cluster.worker(**SLOW)
     cluster.ready(first)
     job = cluster.submit(rows)
@@ -87,7 +87,7 @@ def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(c
     assert {shard.state for shard in shards} <= {ShardState.READY, ShardState.DONE}
     assert all(shard.attempts == 0 and not shard.suspects for shard in shards)
     assert not cluster.store.workers()
-    cluster.worker(STUB_SEQS="256")
+    cluster.worker(STUB_SLOW_PASSES="2")
     cluster.finish(job, rows)
     ran = _ran(cluster)
     assert all(ran[row] == 1 for row in committed)
@@ -96,14 +96,14 @@ def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(c
 def test_a_clock_that_is_wrong_by_an_hour_changes_nothing(cluster: Cluster) -> None:
     rows = rows_of(200)
     for shift_s in (3600.0, -3600.0):
-        cluster.worker(chaos=Chaos(times=SHORT_TIMES, clock_s=shift_s), STUB_STEP_S="0.2", STUB_SEQS="4")
+        chaos = Chaos(times=SHORT_TIMES, clock_s=shift_s)
+        cluster.worker(chaos=chaos, threads=1, STUB_STEP_S="0.2", STUB_SEQS="4")
     cluster.ready()
     begun_s = time.monotonic()
     job = cluster.submit(rows)
     cluster.finish(job, rows)
     assert time.monotonic() - begun_s > 1.5 * LEASE_S
-    assert {worker.id for worker in cluster.store.workers()} == {"w0", "w1"}
-    # Nobody took a lease for run out, and both took part.
+    # Nobody took a lease for run out, nobody a worker for gone, and both took part.
     assert set(_ran(cluster).values()) == {1}
     assert all(shard.attempts == 0 for shard in cluster.store.shards(job))
-    assert all(worker.rows_done for worker in cluster.store.workers())
+    cluster.until("both workers at it", lambda: sum(one.rows_done > 0 for one in cluster.store.workers()) == 2, 5)
