@@ -32,6 +32,13 @@ class Served:
         """Who could run shards with these adapters."""
         return able(self.manifests, self.workers, shards, self.offer.base_id)
 
+    def servers(self, kinds: Sequence[frozenset[str]]) -> list[str]:
+        """Which of the running workers could run rows that need these adapters: the same text for the same ones."""
+        ids = {worker.manifest for worker in self.workers if worker.base_id == self.offer.base_id}
+        running = [manifest for manifest in self.manifests if manifest.id in ids]
+        keys = [{offer.key for offer in manifest.adapters} for manifest in running]
+        return ["".join("01"[kind <= served] for served in keys) for kind in kinds]
+
 
 def published(store: JobStore, base: str | None) -> Served:
     """By the manifests in the store. Raises Failure as `choose`, or where no worker was ever there; StoreError."""
@@ -47,7 +54,6 @@ def opened_here(options: ModelOptions, store: JobStore | None, *, publish: bool)
     """By models that are opened here, without their weights; with `publish` their manifest is published, so that a job
     can be there before the first worker. Raises Failure, StoreError."""
     from loramill.worker.manifest import manifest_of
-
     from loramill.worker.models import open_models
 
     models = open_models(options)

@@ -21,11 +21,8 @@ class Need:
 
     adapters: frozenset[str] = frozenset()
     """Keys."""
-    merged: bool = False
-    """It can only be served merged: its rows run with no others."""
-
-
-BASE = Need()
+    apart: str = ""
+    """Rows of another one are never in the same shard: other workers can run them, or they are served merged."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -55,7 +52,7 @@ def cut(
 ) -> Iterator[Shard]:
     """Every row of `order` in one shard, the order kept; the same for the same arguments.
 
-    order: positions, as the plan starts them.  mix: (all rows,) position in `needs`, -1 for the base.
+    order: positions, as the plan starts them.  mix: (all rows,) position in `needs`, whose last one, -1, is the base's.
     length: (all rows,) bytes of each line.
 
     No shard has more than `max_rows` rows, `max_bytes` of lines with their ends or `max_loras` adapters, unless a
@@ -63,14 +60,13 @@ def cut(
     the slots are for all of them.
     """
     enough = max(MIN_ROWS, max_rows // 2)
-    start, size, has = 0, 0, BASE
+    start, size, has = 0, 0, Need()
     for at, (number, line) in enumerate(_rows(order, mix, length)):
-        need = needs[number] if number >= 0 else BASE
+        need = needs[number]
         if at > start and (
             at - start == max_rows
             or size + line + 1 > max_bytes
-            or need.merged != has.merged
-            or (need.merged and need.adapters != has.adapters)
+            or need.apart != has.apart
             or (
                 not need.adapters <= has.adapters
                 and (at - start >= enough or len(need.adapters | has.adapters) > max_loras)
@@ -81,7 +77,7 @@ def cut(
         if at == start:
             has = need
         elif not need.adapters <= has.adapters:
-            has = Need(need.adapters | has.adapters)
+            has = Need(need.adapters | has.adapters, has.apart)
         size += line + 1
     if len(order):
         yield Shard(order[start:], tuple(sorted(has.adapters)))

@@ -19,7 +19,7 @@ from loramill.producer.offers import Able
 from loramill.producer.pinning import pin
 from loramill.producer.reader import Input
 from loramill.producer.served import Served
-from loramill.producer.shards import BASE, Need, Shard, cut, rows_a_shard
+from loramill.producer.shards import Need, Shard, cut, rows_a_shard
 from loramill.producer.validate import validate
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import JobSpec, JobStatus
@@ -176,21 +176,21 @@ def _cut(index: Index, served: Served) -> Iterator[Shard]:
         costs=None,
         decided={},
     )
+    kinds = [frozenset(offer.keys[name] for name, _ in uses) for uses in index.mixes]
+    alone = [any(offer.names.adapters[name].alone for name, _ in uses) for uses in index.mixes]
+    servers = served.servers([*kinds, frozenset()])
     needs = [
-        Need(
-            frozenset(offer.keys[name] for name, _ in uses),
-            merged=any(offer.names.adapters[name].alone for name, _ in uses),
-        )
-        for uses in index.mixes
+        Need(kind, str(uses) if is_alone else server)
+        for kind, is_alone, server, uses in zip(kinds, alone, servers, index.mixes, strict=False)
     ]
-    present = [needs[number] if number >= 0 else BASE for number in np.unique(index.mix)]
-    workers = served.able(tuple(need.adapters) for need in present)
+    base = Need(apart=servers[-1])
+    workers = served.able([tuple(kind) for kind in kinds] + ([()] if (index.mix < 0).any() else []))
     running = len(workers.all_of_it) + len(workers.part_of_it)
     return cut(
         plan.order,
         index.mix,
         index.length,
-        needs,
+        [*needs, base],
         max_loras=offer.max_loras,
         max_rows=rows_a_shard(len(index), running),
     )

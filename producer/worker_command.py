@@ -50,7 +50,11 @@ class _Celery:
             signal.signal(number, self._count)
         while True:
             code = self._run_once()
-            if code != AGAIN or self._signals:
+            if self._signals > 1:
+                return ExitCode.INTERRUPTED
+            if self._signals and code in (AGAIN, -signal.SIGTERM):  # it was ending anyway, or had hardly begun
+                return ExitCode.OK
+            if code != AGAIN:
                 return ExitCode(code) if code in set(ExitCode) else ExitCode.MACHINE
 
     def _run_once(self) -> int:

@@ -46,9 +46,14 @@ def open_store(
 
     plain = urlunsplit(urlsplit(url)._replace(query=urlencode(options)))
     return RedisStore(
-        plain, files=_files(files), prefix=prefix, create=create, volatile=_SWITCH[given], retention_s=retention_s,
+        plain,
+        files=_files(files),
+        prefix=prefix,
+        create=create,
+        volatile=_SWITCH[given],
+        retention_s=retention_s,
         lease_s=lease_s,
-    )  # fmt: skip
+    )
 
 
 def _sqlite_path(url: str, options: Mapping[str, str]) -> str:

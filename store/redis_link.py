@@ -129,7 +129,8 @@ def _checked(url: str) -> str:
         raise ValueError(f"it has no option {unknown[0]}")
     if parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit():
         raise ValueError(f"a database is a number, not {parts.path.strip('/')}")
-    return parts._replace(query=urlencode([(name, value) for name, value in options if name != "volatile"])).geturl()
+    kept = urlencode([(name, value) for name, value in options if name != "volatile"])
+    return f"{url.partition('?')[0]}?{kept}"
 
 
 def _torn(parts: SplitResult) -> bool:

@@ -42,7 +42,7 @@ CREATE TABLE shards (
     state TEXT NOT NULL, rows INTEGER NOT NULL, rows_done INTEGER NOT NULL DEFAULT 0, done BLOB NOT NULL,
     suspects TEXT NOT NULL DEFAULT '[]', attempts INTEGER NOT NULL DEFAULT 0, worker TEXT,
     counter INTEGER, deadline_ms INTEGER, PRIMARY KEY (job, number)) WITHOUT ROWID;
-CREATE INDEX shards_ready ON shards (base_id, rank, job, number, need) WHERE state = 'ready';
+CREATE INDEX shards_ready ON shards (base_id, rank, job, number, need, state) WHERE state = 'ready';
 CREATE INDEX shards_leased ON shards (job, number) WHERE state = 'leased';
 CREATE TABLE wants (
     base_id TEXT, adapter TEXT, rank REAL, job TEXT, number INTEGER, need INTEGER NOT NULL,
@@ -62,6 +62,10 @@ CREATE TABLE events (job TEXT, number INTEGER, at_ms INTEGER NOT NULL, what TEXT
 CREATE TABLE manifests (sequence INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, manifest TEXT NOT NULL);
 CREATE TABLE workers (id TEXT PRIMARY KEY, heard_ms INTEGER NOT NULL, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE blobs (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
+"""
+# Typed as the columns that it is joined with: SQLite would not use its key otherwise.
+_JUDGED = """
+CREATE TEMP TABLE judged (manifest TEXT, need INTEGER, suits INTEGER, PRIMARY KEY (manifest, need)) WITHOUT ROWID
 """
 
 
@@ -151,8 +155,11 @@ class Database:
         if create:
             # Refused now, not in the midst of a submit, if it cannot be written.
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("ROLLBACK")
-        self._db.execute("CREATE TEMP TABLE judged (manifest, need, suits, PRIMARY KEY (manifest, need)) WITHOUT ROWID")
+            try:
+                self._db.execute("UPDATE meta SET value = value")
+            finally:
+                self._db.execute("ROLLBACK")
+        self._db.execute(_JUDGED)
         [(self.id,)] = self._db.execute("SELECT value FROM meta WHERE name = 'id'")
 
     def _is_new(self) -> bool:

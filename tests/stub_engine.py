@@ -20,6 +20,7 @@ from loramill.schemas.names import Named
 from loramill.schemas.prompt import Limits, Prompter
 from loramill.worker import child
 from loramill.worker.forecast import Forecast
+from loramill.worker.pressure import Pressure
 from loramill.worker.request import AdapterUnavailable, Completion, EngineStats, FinishReason, Request, Result
 from loramill.worker.serving import Served
 from loramill.worker.settings import ModelOptions
@@ -95,13 +96,17 @@ class StubEngine:
 
     def __init__(self, adapters: Collection[str]) -> None:
         """`adapters`: content hashes."""
-        self.max_num_seqs = SEQS
+        self.pressure = Pressure(SEQS, SEQS)
         self.stats = EngineStats()
         self.resident: list[str] = []
         self._adapters = adapters
         self._waiting: dict[int, Request] = {}
         self._running: dict[int, tuple[Request, int]] = {}
         """With the passes that are left."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.pressure.max_num_seqs
 
     @property
     def num_waiting(self) -> int:
@@ -149,6 +154,9 @@ class StubEngine:
                 os.abort()
             while b"HANG" in text:
                 time.sleep(3600)
+            if b"OOM1" in text or (b"OOM" in text and len(self._running) > 1):
+                return self._ran_out()
+        self.pressure.went_well()
         done = []
         for key, (request, left) in list(self._running.items()):
             if left > 1:
@@ -162,6 +170,17 @@ class StubEngine:
         if not done:
             time.sleep(SLOW_PASS_S)
         return done
+
+    def _ran_out(self) -> list[Result]:
+        keys = list(self._running)
+        given_up = self.pressure.ran_out(keys, len(keys))
+        self.stats.out_of_memory += 1
+        self._waiting = {key: request for key, (request, _) in self._running.items()} | self._waiting
+        self._running = {}
+        if given_up is None:
+            return []
+        request = self._waiting.pop(given_up)
+        return [Result(given_up, len(request.prompt), [], error="out of memory", code="out_of_memory")]
 
     def _hold(self, request: Request) -> None:
         for sha256, _ in request.mix:

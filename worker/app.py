@@ -11,7 +11,7 @@ import traceback
 import warnings
 from typing import Any, NoReturn
 
-from celery import signals
+from celery import Celery, signals
 from celery.apps.worker import Worker
 from celery.platforms import SecurityWarning
 from celery.worker import state
@@ -31,13 +31,11 @@ LAST_S = 1.0
 """What Celery gets to end by itself once nothing is left to wait for."""
 
 
-def _options() -> WorkerOptions:
-    try:
-        options = worker_options_from(os.environ)
-        broker_of(options.store, options.broker)
-    except Failure as failure:
-        _end(failure)
-    return options
+def _read() -> tuple[WorkerOptions, Celery]:
+    options = worker_options_from(os.environ)
+    broker = broker_of(options.store, options.broker)
+    base = options.base_name or base_name_of(options.base_model)
+    return options, make_app(broker, prefix=options.prefix, base=base)
 
 
 def _end(failure: Failure) -> NoReturn:
@@ -58,12 +56,11 @@ class _QuietWorker(Worker):  # type: ignore[misc]
         """None."""
 
 
-options = _options()
-app = make_app(
-    broker_of(options.store, options.broker),
-    prefix=options.prefix,
-    base=options.base_name or base_name_of(options.base_model),
-)
+options: WorkerOptions | Failure
+try:
+    options, app = _read()
+except Failure as failure:  # said when a worker starts, and not to whoever only imports this
+    options, app = failure, make_app("memory://", base="none")
 app.Worker = app.subclass_with_self(_QuietWorker, name="Worker")
 _serving: list[tuple[Node, Housekeeping]] = []
 
@@ -78,6 +75,8 @@ def work() -> None:
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(**_: Any) -> None:
     try:
+        if isinstance(options, Failure):
+            raise options
         node = open_node(options)
     except Failure as failure:
         _end(failure)

@@ -12,23 +12,19 @@ from loramill.kernels.router import Router
 from loramill.worker.adapters import Adapter
 from loramill.worker.answers import Answers
 from loramill.worker.batch import pack
-from loramill.worker.cache import KVCache, bytes_per_token
+from loramill.worker.cache import KVCache
+from loramill.worker.cache_size import make_slabs
 from loramill.worker.config import EngineConfig as EngineConfig
 from loramill.worker.forecast import Forecast
-from loramill.worker.memory import free_memory, keep_freed_memory
+from loramill.worker.memory import give_back, keep_freed_memory, ran_out
 from loramill.worker.model import Model, ModelError
+from loramill.worker.pressure import ATTEMPTS, Pressure
 from loramill.worker.request import EngineStats, Mix, Request, Result, Sampling
 from loramill.worker.residency import Residency
 from loramill.worker.sampling import Draw, draw
-from loramill.worker.scheduler import Chunk, Scheduler, Sequence
-from loramill.worker.slabs import Slabs, size_classes
+from loramill.worker.scheduler import Chunk, Scheduler, Sequence, Step
 
 _MAX_SEQS = {"cpu": 128, "cuda": 256}
-_SLAB_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""On a CPU about 32 rows of 256 tokens: their keys and values of one layer stay in cache (1.4 ms for 32 rows against
-9.5 ms for 128 at once, one core). On a GPU few launches matter more."""
-_MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
-"""How much of the memory that is free once the weights are loaded `kv_cache_memory=None` may take."""
 
 
 class Engine:
@@ -49,7 +45,7 @@ class Engine:
         wanted = config.max_num_seqs or _MAX_SEQS[self.device]
         self.max_num_seqs = min(wanted, config.max_num_batched_tokens)
         adapters = list(adapters)
-        slabs = self._make_slabs(self._to_merge(adapters))
+        slabs = make_slabs(config, self._model, self.max_num_seqs, self._to_merge(adapters))
         if self.device == "cpu":
             keep_freed_memory()
         self._cache = KVCache(
@@ -63,6 +59,7 @@ class Engine:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        self._pressure = Pressure(self.max_num_seqs, config.max_num_batched_tokens)
         self._router = Router(config.max_loras_per_batch, self._model.device)
         self._answers = Answers(config.base.eos_token_ids)
         for adapter in adapters:
@@ -117,18 +114,30 @@ class Engine:
         step = scheduler.schedule()
         if on_start is not None and (begun := [c.sequence.request.key for c in step.chunks if not c.start]):
             on_start(begun)
-        failed = self._fail_rows_of(self._residency.prepare(step, scheduler))
-        self._cache.carry_out(scheduler.slabs.moves)
-        scheduler.slabs.moves.clear()
-        chunks = [chunk for chunk in step.chunks if chunk.sequence.place is not None] if failed else step.chunks
-        if not chunks:
-            return failed, None
-        logits = self._model.forward(pack(chunks, scheduler.slabs, self._cache, self._router, self._model.device))
-        for chunk in chunks:
-            chunk.sequence.computed += chunk.size
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        self._count(chunks)
-        return failed + (self._emit(sampled, draw(logits, sampled)) if sampled else []), logits
+        failed: list[Result] = []
+        try:
+            failed = self._fail_rows_of(self._residency.prepare(step, scheduler))
+            self._cache.carry_out(scheduler.slabs.moves)
+            scheduler.slabs.moves.clear()
+            chunks = [chunk for chunk in step.chunks if chunk.sequence.place is not None] if failed else step.chunks
+            if not chunks:
+                return failed, None
+            sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+            logits = self._model.forward(pack(chunks, scheduler.slabs, self._cache, self._router, self._model.device))
+            draws = draw(logits, sampled) if sampled else []
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error) or not scheduler.running:
+                raise
+            why = str(error)
+        else:
+            for chunk in chunks:
+                chunk.sequence.computed += chunk.size
+            self._count(chunks)
+            self._pressure.went_well()
+            self._limit()
+            return failed + self._emit(sampled, draws), logits
+        # Only here is the error gone, and with it its frames' hold on what the pass had computed.
+        return failed + self._make_smaller(step, why), None
 
     def register(self, adapter: Adapter) -> None:
         """Rows may ask for this adapter from now on; the same content again changes nothing.
@@ -215,6 +224,26 @@ class Engine:
         self._stats = EngineStats()
         self._residency.count_in(self._stats)
 
+    def _make_smaller(self, step: Step, why: str) -> list[Result]:
+        """The pass ran out of memory: its rows start over in smaller ones; one that is too much by itself fails."""
+        scheduler = self._scheduler
+        keys = [sequence.request.key for sequence in scheduler.running]
+        given_up = self._pressure.ran_out(keys, sum(chunk.size for chunk in step.chunks))
+        self._stats.out_of_memory += 1
+        scheduler.start_over(step.loads)
+        self._limit()
+        give_back(self.device)
+        if given_up is None:
+            return []
+        sequence = next(s for s in scheduler.waiting if s.request.key == given_up)
+        short = f"out of memory with nothing beside it, {ATTEMPTS} times: {' '.join(why.split())[:200]}"
+        return [self._fail(sequence, short, code="out_of_memory")]
+
+    def _limit(self) -> None:
+        pressure, scheduler = self._pressure, self._scheduler
+        self.max_num_seqs = scheduler.max_num_seqs = pressure.max_num_seqs
+        scheduler.max_num_batched_tokens = pressure.max_num_batched_tokens
+
     def _count(self, chunks: list[Chunk]) -> None:
         self._stats.waves += not self._stats.steps and not self._stats.waves
         self._stats.steps += 1
@@ -262,23 +291,3 @@ class Engine:
         """Bytes to keep for weights with one of these adapters merged in."""
         sizes = {(one.parameters, one.vocab_size) for one in adapters if one.static_only or self.config.merging}
         return max((self._model.merge_bytes(*size) for size in sizes), default=0)
-
-    def _make_slabs(self, kept_bytes: int) -> Slabs:
-        config, device = self.config, self.device
-        longest = config.max_row_tokens or config.base.max_model_len
-        per_token = bytes_per_token(self._model.shapes, self._model.dtype)
-        slab_tokens = max(_SLAB_TOKENS[device], longest)
-        budget = config.kv_cache_memory
-        if budget is None:
-            budget = int(max(0, free_memory(self.device) - kept_bytes) * _MEMORY_SHARE[device])
-        elif budget < slab_tokens * per_token:
-            slab_tokens = longest  # a small cache holds at least one row
-        count = budget // (slab_tokens * per_token)
-        if count < 1:
-            raise ModelError(
-                f"a row of {longest} tokens needs {longest * per_token / 2**20:.1f} MiB of cache and "
-                f"{budget / 2**20:.1f} MiB are allowed: raise --kv-cache-memory or lower --max-model-len"
-            )
-        # Every row at its longest with the waste of its size class, and a slab begun in each class: never more.
-        ceiling = -(-self.max_num_seqs * 5 * longest // (4 * slab_tokens)) + len(size_classes(longest))
-        return Slabs(min(count, ceiling), slab_tokens)

@@ -29,6 +29,20 @@ def free_memory(device: str) -> int:
     return max(free, 0)
 
 
+_SHORT = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether this is about memory: a smaller pass may do."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _SHORT)
+
+
+def give_back(device: str) -> None:
+    """Return to the device what torch keeps of it for later, so that it can be cut otherwise."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def lazy_zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`count` zeros; on a CPU in pages of their own, which take no memory until they are written."""
     if device.type != "cpu":

@@ -99,7 +99,7 @@ class Result:
     completions: list[Completion]
     error: str | None = None
     code: str = "engine_error"
-    """What kind of error: engine_error, or adapter_unavailable."""
+    """What kind of error: engine_error, adapter_unavailable, or out_of_memory."""
 
 
 class AdapterUnavailable(ValueError):
@@ -144,5 +144,7 @@ class EngineStats:
     """Distinct sets of resident adapters, and of merged weights, that the run went through."""
     host: HostStats = field(default_factory=HostStats)
     preemptions: int = 0
+    out_of_memory: int = 0
+    """Passes that ran out of memory and were made again with less in them."""
     running: int = 0
     resident: int = 0

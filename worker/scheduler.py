@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -144,6 +144,14 @@ class Scheduler:
             self.finish(sequence, failed=_amid_prompt(sequence))
         self._admissible = True
 
+    def start_over(self, loads: Iterable[Load]) -> None:
+        """A pass broke off: every running sequence starts again later, and the slots that were loaded for it hold
+        nothing."""
+        while self.running:
+            self._preempt(self.running.pop(), wipe=True)
+        for load in loads:
+            self.slots.drop(load.adapter)
+
     @property
     def wanted(self) -> dict[str, None]:
         """The adapters that waiting rows need in slots, in the order of the rows."""
@@ -236,8 +244,8 @@ class Scheduler:
             while sequence.place is not None and not self.slabs.grow(place, room):
                 self._preempt(self.running.pop())
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence, wipe=_amid_prompt(sequence))
+    def _preempt(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        self._release(sequence, wipe=wipe or _amid_prompt(sequence))
         sequence.computed = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1

@@ -7,6 +7,7 @@ import threading
 import time
 from types import FrameType
 
+from loramill.schemas.failures import ExitCode
 from loramill.worker.housekeeping import Housekeeping
 from loramill.worker.node import Node, open_node
 from loramill.worker.worker_log import log
@@ -48,7 +49,7 @@ def serve(options: WorkerOptions) -> int:
         time.sleep(LOOK_S)
     housekeeping.stop()
     node.close()
-    return housekeeping.code or 0
+    return int(ExitCode.INTERRUPTED) if asked.times > 1 else housekeeping.code or 0
 
 
 def _poll(node: Node) -> None:

@@ -64,6 +64,8 @@ def make_app(broker: str, *, prefix: str = "loramill", base: str | None = None) 
             "retry_on_timeout": True,
         },
     )
+    if broker.startswith("rediss:"):
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": "required"}  # kombu speaks no TLS otherwise; the URL may say more
     if base is not None:
         app.conf.task_default_queue = queue_of(base)
     return app

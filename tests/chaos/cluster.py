@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ class Rows:
     expected: list[Expected] = field(default_factory=list)
 
 
+def id_of(number: int) -> str:
+    """Of the row with this number."""
+    return f"r{number:05}"
+
+
 def rows_of(
     count: int,
     adapters: Sequence[str | None] = (None, "a00", "a01", "a02", "a03"),
@@ -70,12 +76,12 @@ def rows_of(
     for number in range(count):
         adapter = adapters[number % len(adapters)]
         prompt = f"row {number} {special[number]}" if number in special else f"row {number}"
-        line: dict[str, object] = {"id": f"r{number:05}", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+        line: dict[str, object] = {"id": id_of(number), "prompt": prompt, "max_tokens": 4, "temperature": 0}
         made.lines.append(orjson.dumps(line | ({"adapter": adapter} if adapter else {})))
         if number in failing:
-            made.expected.append(Expected(f"r{number:05}", adapter, "", 500, failing[number]))
+            made.expected.append(Expected(id_of(number), adapter, "", 500, failing[number]))
         else:
-            made.expected.append(Expected(f"r{number:05}", adapter, f"{adapter or BASE} ok:{prompt}"))
+            made.expected.append(Expected(id_of(number), adapter, f"{adapter or BASE} ok:{prompt}"))
     return made
 
 
@@ -274,13 +280,14 @@ class Cluster:
         job = self.store.job(job_id)
         return job.completed + job.failed
 
+    def committed(self, job_id: str) -> set[str]:
+        """The ids of rows that have a result."""
+        chunks = oracle.chunks_of(self.store, self.store.job(job_id))
+        return {oracle.Found.of(row.line).custom_id for chunk in chunks for row in chunk.rows()}
+
     def is_over(self, job_id: str) -> bool:
         """Whether it is completed."""
         return self.store.job(job_id).status is JobStatus.COMPLETED
-
-    def computed(self) -> list[str]:
-        """The prompts that engines computed, each as often as it was."""
-        return self.ran.read_text().splitlines() if self.ran.exists() else []
 
     def tails(self) -> str:
         """What every worker said last."""
@@ -303,3 +310,9 @@ class Cluster:
             return self.store.workers()
         except StoreError:
             return []
+
+
+def times_computed(cluster: Cluster) -> Counter[str]:
+    """How often engines computed each row, by its id."""
+    prompts = cluster.ran.read_text().splitlines() if cluster.ran.exists() else []
+    return Counter(id_of(int(prompt.split()[1])) for prompt in prompts)

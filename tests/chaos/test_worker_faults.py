@@ -2,29 +2,16 @@
 
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from loramill.store.records import ShardState
-from tests.chaos.cluster import LEASE_S, SHORT_TIMES, Cluster, rows_of
+from tests.chaos.cluster import LEASE_S, SHORT_TIMES, Cluster, rows_of, times_computed
 from tests.chaos.hooks import Chaos, Point
-from tests.chaos.oracle import Found, chunks_of
 from tests.chaos.processes import is_alive, is_stopped, until
 
 SLOW = {"STUB_STEP_S": "0.05", "STUB_SEQS": "8"}
-
-
-def _committed(cluster: Cluster, job_id: str) -> set[str]:
-    """The ids of rows that have a result."""
-    job = cluster.store.job(job_id)
-    return {Found.of(row.line).custom_id for chunk in chunks_of(cluster.store, job) for row in chunk.rows()}
-
-
-def _ran(cluster: Cluster) -> Counter[str]:
-    """How often each row was computed."""
-    return Counter(f"r{int(prompt.split()[1]):05}" for prompt in cluster.computed())
 
 
 def _chaos_at(point: Point, folder: Path, which: str = "SIGKILL") -> Chaos:
@@ -42,11 +29,11 @@ def test_kill_9_loses_nothing_and_only_uncommitted_rows_run_again(cluster: Clust
     job = cluster.submit(rows)
     assert victim.wait(30) == -signal.SIGKILL
     until("the engine dead with its worker", lambda: not is_alive(engine), 5)
-    committed = _committed(cluster, job)
+    committed = cluster.committed(job)
     assert bool(committed) == (point is Point.AFTER_COMMIT)
     cluster.worker(**SLOW)
     outcome = cluster.finish(job, rows)
-    again = {row for row, times in _ran(cluster).items() if times > 1}
+    again = {row for row, times in times_computed(cluster).items() if times > 1}
     assert not again & committed
     assert outcome.committed_twice == 0
 
@@ -81,7 +68,7 @@ def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(c
     code, took_s = first.term()
     assert code == 0
     assert took_s < 10
-    committed = _committed(cluster, job)
+    committed = cluster.committed(job)
     assert 8 <= len(committed) < len(rows.lines)
     shards = cluster.store.shards(job)
     assert {shard.state for shard in shards} <= {ShardState.READY, ShardState.DONE}
@@ -89,7 +76,7 @@ def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(c
     assert not cluster.store.workers()
     cluster.worker(STUB_SLOW_PASSES="2")
     cluster.finish(job, rows)
-    ran = _ran(cluster)
+    ran = times_computed(cluster)
     assert all(ran[row] == 1 for row in committed)
 
 
@@ -104,6 +91,6 @@ def test_a_clock_that_is_wrong_by_an_hour_changes_nothing(cluster: Cluster) -> N
     cluster.finish(job, rows)
     assert time.monotonic() - begun_s > 1.5 * LEASE_S
     # Nobody took a lease for run out, nobody a worker for gone, and both took part.
-    assert set(_ran(cluster).values()) == {1}
+    assert set(times_computed(cluster).values()) == {1}
     assert all(shard.attempts == 0 for shard in cluster.store.shards(job))
     cluster.until("both workers at it", lambda: sum(one.rows_done > 0 for one in cluster.store.workers()) == 2, 5)

@@ -33,7 +33,8 @@ class Drawn(NamedTuple):
     def cut(self) -> list[Cut]:
         columns = np.array(self.order, np.int64), np.array(self.mix, np.int32), np.array(self.length, np.int32)
         limits = {"max_loras": self.max_loras, "max_rows": self.max_rows, "max_bytes": self.max_bytes}
-        return [Cut(shard.rows.tolist(), shard.adapters) for shard in cut(*columns, self.needs, **limits)]
+        needs = [*self.needs, Need()]
+        return [Cut(shard.rows.tolist(), shard.adapters) for shard in cut(*columns, needs, **limits)]
 
     def need(self, row: int) -> Need:
         return self.needs[self.mix[row]] if self.mix[row] >= 0 else Need()
@@ -42,7 +43,7 @@ class Drawn(NamedTuple):
 @st.composite
 def drawn(draw: st.DrawFn) -> Drawn:
     dynamic = st.sets(st.sampled_from(KEYS[:4]), min_size=1, max_size=3).map(lambda keys: Need(frozenset(keys)))
-    merged = st.sampled_from(KEYS[4:]).map(lambda key: Need(frozenset({key}), merged=True))
+    merged = st.sampled_from(KEYS[4:]).map(lambda key: Need(frozenset({key}), apart=key))
     needs = draw(st.lists(st.one_of(dynamic, merged), max_size=6))
     mix = draw(st.lists(st.integers(-1, len(needs) - 1), max_size=80))
     order = draw(st.permutations(range(len(mix))))
@@ -60,7 +61,7 @@ def test_every_row_once_in_order_and_no_limit_is_passed(job: Drawn) -> None:
         needs = [job.need(row) for row in shard.rows]
         assert shard.adapters == tuple(sorted({key for need in needs for key in need.adapters}))
         assert 1 <= len(shard.rows) <= job.max_rows
-        assert len(set(needs)) == 1 or not any(need.merged for need in needs)
+        assert len({need.apart for need in needs}) == 1
         if len(shard.rows) > 1:
             assert len(shard.adapters) <= max(job.max_loras, *(len(need.adapters) for need in needs))
             assert sum(job.length[row] + 1 for row in shard.rows) <= job.max_bytes
@@ -76,7 +77,7 @@ def test_a_shard_ends_only_where_it_must(job: Drawn) -> None:
         assert (
             len(shard.rows) == job.max_rows
             or sum(job.length[one] + 1 for one in [*shard.rows, row]) > job.max_bytes
-            or (len(needs) > 1 and any(need.merged for need in needs))
+            or len({need.apart for need in needs}) > 1
             or len(adapters) > job.max_loras
             or (len(shard.rows) >= max(MIN_ROWS, job.max_rows // 2) and adapters > set(shard.adapters))
         )

@@ -70,6 +70,17 @@ def test_small_jobs_are_cut_for_all_workers_that_run(place: Place) -> None:
     assert [shard.rows for shard in place.store.shards(done.job.id)] == [30, 30, 30]
 
 
+def test_rows_that_other_workers_can_run_share_no_shard(place: Place) -> None:
+    more = manifest(offer("x"), *MANIFEST.adapters)
+    place.store.publish(more)
+    place.hello("w1", MANIFEST)
+    place.hello("w2", more)
+    done = place.submit(rows(60, None, "a00", "x"))
+    assert sorted(shard.adapters for shard in place.store.shards(done.job.id)) == [(), ("key-00",), ("key-x",)]
+    assert done.checked is not None
+    assert done.checked.able().part_of_it == ("w1",)
+
+
 def test_an_adapter_that_is_served_merged_shares_no_shard(tmp_path: Path, place: Place) -> None:
     served = manifest(offer("dora", alone="DoRA"), offer("plain"))
     place.store.publish(served)

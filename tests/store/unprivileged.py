@@ -24,13 +24,21 @@ def as_nobody() -> Iterator[None]:
 
 
 @contextmanager
-def folder_that_cannot_be_written() -> Iterator[Path]:
-    """It can be read. Root's own temporary folders are closed to others, so it is made beside them."""
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can enter; root's own temporary folders are closed to others."""
     folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
     try:
+        yield folder
+    finally:
+        folder.chmod(0o777)
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def folder_that_cannot_be_written() -> Iterator[Path]:
+    """It can be read."""
+    with open_folder() as folder:
         folder.chmod(0o555)
         with as_nobody():
             yield folder
-    finally:
-        folder.chmod(0o755)
-        shutil.rmtree(folder)

@@ -23,6 +23,7 @@ from loramill.store.packing import Chunk, pack_shard
 from loramill.store.records import DoneRow
 from loramill.worker.frames import Frame, Kind, read_frame, write_frame
 from loramill.worker.settings import ModelOptions
+from loramill.worker.specs import AdapterSpec
 from tests import stub_engine
 
 REPO = Path(__file__).parents[2]
@@ -198,6 +199,26 @@ def test_rows_that_run_alone_are_named_as_alone(stub: Child) -> None:
     ]  # fmt: skip
 
 
+def test_rows_that_run_out_of_memory_in_company_do_not_fail(stub: Child) -> None:
+    stub.submit(1, [line(0), line(1, "OOM"), line(2, "OOM1"), *(line(at) for at in range(3, 20))])
+    stub.until(Kind.END)
+    rows = stub.rows(1)
+    assert len(rows) == 20
+    assert {at: error_of(row) for at, row in rows.items() if row.failed} == {2: "out_of_memory"}
+
+
+def test_identical_rows_run_once_unless_the_job_says_otherwise(stub: Child) -> None:
+    stub.submit(1, [line(at, "same") for at in range(5)])
+    stub.until(Kind.END)
+    assert stub.of(Kind.RUNNING)[0].fields["started"] == [[1, 0]]
+    assert {json.loads(row.line)["custom_id"] for row in stub.rows(1).values()} == {f"r{at}" for at in range(5)}
+    spec = JobSpec(id="each", base_id="any", names=JobNames(base="stub"), dedupe=False)
+    stub.send(Kind.JOB, spec=spec.model_dump(mode="json"))
+    stub.submit(2, [line(at, "same") for at in range(5)], job="each")
+    stub.until(Kind.END)
+    assert len(stub.of(Kind.RUNNING)[1].fields["started"]) == 5
+
+
 def test_a_row_that_kills_it_was_named_before(stub: Child) -> None:
     stub.submit(1, [line(0), line(1, "ABORT")])
     with pytest.raises(AssertionError, match=f"ended with {-signal.SIGABRT}"):
@@ -275,3 +296,90 @@ def test_a_base_that_cannot_be_opened_is_said_in_its_words(start: Start, tmp_pat
     assert fatal["code"] == 4
     assert str(tmp_path) in fatal["lines"][0]
     assert child.process.wait(10) == 4
+
+
+@pytest.fixture(scope="module")
+def job_lines() -> list[dict[str, Any]]:
+    chat = [{"role": "user", "content": "hi"}]
+    lines = [
+        {"id": f"r{number}", "prompt": f"row {number % 9}", "temperature": 0, "max_tokens": 6, "adapter": name}
+        for number, name in enumerate((None, "one", "two", "three", "half") * 5)
+    ]
+    return [
+        *lines,
+        {"id": "chat", "messages": chat, "max_tokens": 5, "temperature": 0.7, "adapter": "two"},
+        {"id": "seeded", "prompt": "seed", "max_tokens": 5, "temperature": 0.9, "seed": 3, "n": 2},
+        {"id": "mix", "prompt": "m", "max_tokens": 4, "adapters": [{"name": "one", "scale": 0.5}, {"name": "two"}]},
+        {"id": "alone", "prompt": "m", "max_tokens": 4, "temperature": 0, "adapter": "dora"},
+        {"id": "alias", "prompt": "m", "max_tokens": 4, "temperature": 0, "model": "query"},
+        {"id": "grown", "messages": chat, "max_tokens": 5, "temperature": 0, "adapter": "tool"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_base: Path,
+    tiny_adapters: Path,
+    make_adapter: Callable[..., Path],
+    make_grown: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ModelOptions:
+    root = tmp_path_factory.mktemp("served")
+    names = root / "names.json"
+    names.write_text('{"aliases": {"query": "three"}}')
+    specs = {"half": AdapterSpec(str(tiny_adapters / "one"), scale=0.5)}
+    specs["dora"] = AdapterSpec(str(make_adapter(root / "dora", seed=9, use_dora=True)))
+    specs["tool"] = AdapterSpec(str(make_grown(root / "tool")))
+    return ModelOptions(
+        base_model=str(tiny_base), adapters=specs, adapters_dir=tiny_adapters, adapters_file=names, dtype="float32",
+        device="cpu", max_loras_per_batch=2, max_num_seqs=8, kv_cache_memory=2**24, seed=11,
+    )  # fmt: skip
+
+
+def test_its_answers_are_those_of_loramill_run(
+    start: Start, served: ModelOptions, job_lines: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job_file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    job_file.write_text("".join(json.dumps(one) + "\n" for one in job_lines))
+    arguments = ["run", "--input", job_file, "--output", output, "--base-model", served.base_model]
+    arguments += ["--adapters-dir", served.adapters_dir, "--adapters-file", served.adapters_file]
+    arguments += ["--adapter", f"half={served.adapters['half'].text}*0.5"]
+    arguments += [word for name in ("dora", "tool") for word in ("--adapter", f"{name}={served.adapters[name].text}")]
+    arguments += ["--dtype", "float32", "--device", "cpu", "--max-loras-per-batch", "2", "--seed", "11", "--quiet"]
+    command = [sys.executable, "-c", "from loramill.producer.cli import main; main()", *map(str, arguments)]
+    subprocess.run(command, check=True)
+    expected = {one["custom_id"]: body_of(one) for one in map(json.loads, output.read_text().splitlines())}
+
+    child = start(REAL, served)
+    child.until(Kind.READY)
+    manifest = Manifest.model_validate(child.of(Kind.MANIFEST)[0].fields["manifest"])
+    assert {file for files in manifest.tokenizers.values() for file in files.values()} == {
+        frame.fields["sha"] for frame in child.of(Kind.BLOB)
+    }
+    pinned = {offer.name: Pinned(key=offer.key, scale=offer.scale) for offer in manifest.adapters}
+    names = JobNames(base=manifest.base, adapters=pinned, aliases=manifest.aliases)
+    spec = JobSpec(id="job", base_id=manifest.base_id, names=names, seed=11)
+    child.send(Kind.JOB, spec=spec.model_dump(mode="json"))
+    half = len(job_lines) // 2
+    child.submit(1, job_lines[:half], alone=[2])
+    child.submit(2, job_lines[half:])
+    for _ in range(2):
+        child.until(Kind.END)
+    lines = [json.loads(row.line) for key in (1, 2) for row in child.rows(key).values()]
+    got = {one["custom_id"]: body_of(one) for one in lines}
+    for name in ("dora", "tool"):
+        assert {body["loramill"]["mode"] for body in got.values() if body["loramill"]["adapter"] == name} == {"static"}
+    # The run may have merged what can be served either way.
+    for body in (*expected.values(), *got.values()):
+        del body["loramill"]["mode"]
+    assert got == expected
+    child.until(Kind.BEAT)
+    beat = child.until(Kind.BEAT).fields
+    assert not beat["busy"]
+    assert beat["resident"]
+    assert set(beat["resident"]) <= {offer.key for offer in manifest.adapters}
+
+
+def body_of(result: dict[str, Any]) -> dict[str, Any]:
+    body: dict[str, Any] = result["response"]["body"]
+    return {name: value for name, value in body.items() if name not in ("id", "created")}

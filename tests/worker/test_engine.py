@@ -166,6 +166,94 @@ def test_a_pass_says_which_rows_it_begins(make_engine: Make) -> None:
     assert begun == [[0, 1], [2]]
 
 
+class Short:
+    """A device that holds passes of so many rows, and of rows that say nothing forbidden."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, rows: int, error: BaseException) -> None:
+        self.rows, self.error, self.poison = rows, error, -1
+        self.tried: list[int] = []
+        self._forward = engine._model.forward
+        monkeypatch.setattr(engine._model, "forward", self.forward)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        self.tried.append(len(batch.outputs))
+        logits = self._forward(batch)  # what it wrote to the cache is there when the memory ends
+        if len(batch.outputs) > self.rows or bool((batch.tokens == self.poison).any()):
+            raise self.error
+        return logits
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_pass_that_runs_out_of_memory_is_made_again_smaller(
+    family: Callable[[str], Any], make_engine: Make, answer: Answer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    hashes = [None, *(adapter.sha256 for adapter in family("llama").adapters)]
+    rows = [Request(k, p, Sampling(8, temperature=0.8, seed=k), plain(hashes[k % 4])) for k, p in enumerate(prompts(9))]
+    expected = tokens(answer(make_engine(), rows))
+    engine = make_engine(max_num_seqs=8, max_loras_per_batch=3)
+    device = Short(engine, monkeypatch, 3, error)
+    assert tokens(answer(engine, rows)) == expected
+    assert device.tried[:3] == [8, 4, 2]
+    assert (engine.max_num_seqs, engine.stats.out_of_memory) == (2, 2)
+    device.rows = 99
+    assert tokens(answer(engine, rows)) == expected
+
+
+def test_a_row_that_is_too_much_by_itself_fails_and_the_others_get_their_room_back(
+    make_engine: Make, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Request(key, [5 + key, 6], Sampling(4, temperature=0, ignore_eos=True)) for key in range(6)]
+    expected = tokens(answer(make_engine(), rows))
+    rows[2] = Request(2, [96, 96], Sampling(4, temperature=0, logit_bias={96: -100.0}, n=2))
+    engine = make_engine(max_num_seqs=4)
+    device = Short(engine, monkeypatch, 99, torch.OutOfMemoryError("too much"))
+    device.poison = 96
+    results = answer(engine, rows)
+    assert (results[2].code, results[2].completions) == ("out_of_memory", [])
+    assert "3 times: too much" in str(results[2].error)
+    assert tokens({key: results[key] for key in expected if key != 2}) == {k: expected[k] for k in expected if k != 2}
+    assert engine.max_num_seqs == 4
+    assert engine.num_running == 0
+
+
+def test_memory_that_runs_out_while_adapters_are_loaded(
+    family: Callable[[str], Any], make_engine: Make, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = family("llama").adapters[:3]
+    rows = [Request(k, [5 + k], Sampling(5, temperature=0), plain(a.sha256)) for k, a in enumerate(adapters)]
+    expected = tokens(answer(make_engine(), rows))
+    engine = make_engine()
+    projection = engine._model.projections[0]
+    put, count = projection.put, 0
+
+    def short(*given: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        put(*given)
+
+    monkeypatch.setattr(projection, "put", short)
+    assert tokens(answer(engine, rows)) == expected
+    assert engine.stats.out_of_memory == 1
+
+
+def test_another_error_of_the_device_is_not_about_memory(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    Short(engine, monkeypatch, 0, RuntimeError("CUDA error: device-side assert triggered"))
+    engine.add(Request(0, [5], Sampling(3)))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        engine.step()
+
+
 def test_what_cannot_be_queued_is_refused(family: Callable[[str], Any], make_engine: Make) -> None:
     engine = make_engine()
     engine.add(Request(0, [5], Sampling(3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,17 @@ def test_as_many_as_there_are_shards_and_no_more(redis_server: RedisServer) -> N
     keys = {name.decode() for name in redis_server.cli("KEYS", "*")}
     assert {name for name in keys if "loramill-tiny" in name} <= {name for name in keys if name.startswith(prefix)}
     assert len(redis_server.cli("LRANGE", key, 0, 0)[0]) < 1000
+
+
+def test_over_tls_and_over_a_socket(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "tls", tls=True) as server:
+        assert top_up(make_app(broker_of(server.url)), "tiny", 2) == 2
+        with pytest.raises(StoreUnreachable, match="certificate"):
+            top_up(make_app(broker_of(server.url.split("?")[0])), "tiny", 2)
+    socket = tmp_path / "s"
+    with RedisServer(tmp_path / "unix", unixsocket=str(socket)) as server:
+        assert top_up(make_app(broker_of(f"unix://{socket}?db=3")), "tiny", 2) == 2
+        assert b"db3" in server.cli("INFO", "keyspace") or "db3" in str(server.cli("INFO", "keyspace"))
 
 
 def test_a_broker_that_is_not_there() -> None:
