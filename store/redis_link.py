@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -24,7 +24,7 @@ HEALTH_CHECK_S = 25
 MAX_CONNECTIONS = 1024
 """One for each thread that is inside the store."""
 FORMAT = 1
-_QUERY = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs", "db", "volatile"}
+_QUERY = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs", "db"}
 
 
 class Link:
@@ -124,13 +124,11 @@ def _checked(url: str) -> str:
     """The URL for redis-py, which would ignore what it does not know."""
     if _torn(parts := urlsplit(url)):
         raise ValueError("in a password / ? # are written %2F %3F %23")
-    options = parse_qsl(parts.query)
-    if unknown := [name for name, _ in options if name not in _QUERY]:
+    if unknown := [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name not in _QUERY]:
         raise ValueError(f"it has no option {unknown[0]}")
     if parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit():
         raise ValueError(f"a database is a number, not {parts.path.strip('/')}")
-    kept = urlencode([(name, value) for name, value in options if name != "volatile"])
-    return f"{url.partition('?')[0]}?{kept}"
+    return url
 
 
 def _torn(parts: SplitResult) -> bool:

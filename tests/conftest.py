@@ -4,12 +4,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from tests.servers import MISSING, RedisServer, has_redis
+if TYPE_CHECKING:
+    from tests.servers import RedisServer
 
 # Without a device the Triton kernels run in Triton's interpreter; it must be asked for before triton is imported.
 if not torch.cuda.is_available():
@@ -117,6 +118,8 @@ def tiny_adapters(make_adapter: Callable[..., Path], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def need_redis() -> None:
     """A missing redis-server fails the test; who has none says LORAMILL_NO_REDIS=1, but not in CI."""
+    from tests.servers import MISSING, has_redis
+
     if not has_redis():
         if os.environ.get("LORAMILL_NO_REDIS") == "1" and not os.environ.get("CI"):
             pytest.skip(MISSING)
@@ -124,15 +127,19 @@ def need_redis() -> None:
 
 
 @pytest.fixture(scope="session")
-def redis_server(need_redis: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+def redis_server(need_redis: None, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RedisServer]":
     """One for all tests that take nothing away from it; each uses a key prefix of its own."""
+    from tests.servers import RedisServer
+
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
 @pytest.fixture
-def new_redis(need_redis: None, tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+def new_redis(need_redis: None, tmp_path: Path) -> "Iterator[Callable[..., RedisServer]]":
     """Starts servers that a test may do anything to; the arguments are RedisServer's."""
+    from tests.servers import RedisServer
+
     started: list[RedisServer] = []
 
     def start(**settings: Any) -> RedisServer:
