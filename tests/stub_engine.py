@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loramill.schemas.manifest import AdapterOffer, Manifest
@@ -31,6 +32,7 @@ SEQS = int(os.environ.get("STUB_SEQS", "64"))
 SLOW_PASSES = 60
 SLOW_PASS_S = 0.05
 CONTEXT = 4096
+ANSWER = b"ok:" if BASE == "stub" else f"{BASE}:".encode()
 
 # A byte a token, spelled as GPT-2 spells bytes; 256 ends an answer.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -80,13 +82,22 @@ class ByteTokenizer:
         return f"{said}assistant: "
 
     def decode(self, token_ids: Any, **options: Any) -> str:
-        return bytes(token for token in token_ids if token != EOS).decode(errors="replace")
+        return text_of(token_ids)
 
     def convert_ids_to_tokens(self, ids: Any, **options: Any) -> str:
         return "</s>" if ids == EOS else _SPELLED[ids]
 
     def get_vocab(self) -> dict[str, int]:
         return {**VOCABULARY, "</s>": EOS}
+
+
+@dataclass(slots=True)
+class Running:
+    """A row with the passes that it still takes."""
+
+    request: Request
+    text: str
+    left: int
 
 
 class StubEngine:
@@ -101,8 +112,7 @@ class StubEngine:
         self.resident: list[str] = []
         self._adapters = adapters
         self._waiting: dict[int, Request] = {}
-        self._running: dict[int, tuple[Request, int]] = {}
-        """With the passes that are left."""
+        self._running: dict[int, Running] = {}
 
     @property
     def max_num_seqs(self) -> int:
@@ -126,11 +136,14 @@ class StubEngine:
         begun = list(self._waiting)[: max(0, self.max_num_seqs - len(self._running))]
         for key in begun:
             request = self._waiting.pop(key)
-            self._running[key] = (request, SLOW_PASSES if b"SLOW" in _text(request) else 1)
-            self._hold(request)
+            text = text_of(request.prompt)
+            self._running[key] = Running(request, text, SLOW_PASSES if "SLOW" in text else 1)
+            if request.mix:
+                self._hold(request)
         if begun and on_start is not None:
             on_start(begun)
-        time.sleep(STEP_S)
+        if STEP_S:
+            time.sleep(STEP_S)
         return self._pass()
 
     def cancel_waiting(self) -> list[int]:
@@ -148,34 +161,33 @@ class StubEngine:
 
     def _pass(self) -> list[Result]:
         self.stats.steps += 1
-        for request, _ in self._running.values():
-            text = _text(request)
-            if b"ABORT" in text:
+        for row in self._running.values():
+            if "ABORT" in row.text:
                 os.abort()
-            while b"HANG" in text:
+            while "HANG" in row.text:
                 time.sleep(3600)
-            if b"OOM1" in text or (b"OOM" in text and len(self._running) > 1):
+            if "OOM1" in row.text or ("OOM" in row.text and len(self._running) > 1):
                 return self._ran_out()
         self.pressure.went_well()
-        done = []
-        for key, (request, left) in list(self._running.items()):
-            if left > 1:
-                self._running[key] = (request, left - 1)
-                continue
-            del self._running[key]
-            said = [*f"{'ok' if BASE == 'stub' else BASE}:".encode(), *request.prompt, EOS]
-            self.stats.completion_tokens += len(said)
-            completions = [Completion(index, said, FinishReason.STOP) for index in range(request.sampling.n)]
-            done.append(Result(key, len(request.prompt), completions))
+        for row in self._running.values():
+            row.left -= 1
+        done = [row.request for row in self._running.values() if not row.left]
         if not done:
             time.sleep(SLOW_PASS_S)
-        return done
+        return [self._answer(request) for request in done]
+
+    def _answer(self, request: Request) -> Result:
+        del self._running[request.key]
+        said = [*ANSWER, *request.prompt, EOS]
+        self.stats.completion_tokens += len(said) * request.sampling.n
+        completions = [Completion(index, said, FinishReason.STOP) for index in range(request.sampling.n)]
+        return Result(request.key, len(request.prompt), completions)
 
     def _ran_out(self) -> list[Result]:
         keys = list(self._running)
         given_up = self.pressure.ran_out(keys, len(keys))
         self.stats.out_of_memory += 1
-        self._waiting = {key: request for key, (request, _) in self._running.items()} | self._waiting
+        self._waiting = {key: row.request for key, row in self._running.items()} | self._waiting
         self._running = {}
         if given_up is None:
             return []
@@ -190,8 +202,10 @@ class StubEngine:
         del self.resident[:-8]
 
 
-def _text(request: Request) -> bytes:
-    return bytes(token for token in request.prompt if token != EOS)
+def text_of(tokens: Sequence[int]) -> str:
+    """What these bytes say; the end of an answer says nothing."""
+    said = [token for token in tokens if token != EOS] if EOS in tokens else tokens
+    return bytes(said).decode(errors="replace")
 
 
 def manifest() -> tuple[Manifest, dict[str, bytes]]:
