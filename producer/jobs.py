@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import click
 
@@ -17,7 +18,7 @@ from loramill.producer.waiting import Patience, looks, wait_for
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import JobStatus
 from loramill.store.contract import JobStore
-from loramill.store.records import Event, Job
+from loramill.store.records import Job
 
 
 def status(options: StoreOptions, job_id: str, *, json: bool) -> ExitCode:
@@ -80,7 +81,7 @@ def watch(options: StoreOptions, job_id: str, *, json: bool) -> ExitCode:
             for job in looks(store, job_id, patience):
                 if json and job != before:
                     click.echo(_json(job))
-                for event in patience.read(_events(store, job_id, said)):
+                for event in patience.read(partial(store.events, job_id, max(said, 0))):
                     progress.say(screens.event_line(event))
                     said = event.number
                 progress.update(
@@ -88,10 +89,6 @@ def watch(options: StoreOptions, job_id: str, *, json: bool) -> ExitCode:
                 )
                 before = job
     return _ended(job, json=False)
-
-
-def _events(store: JobStore, job_id: str, after: int) -> Callable[[], list[Event]]:
-    return lambda: store.events(job_id, max(after, 0))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from loramill.store.errors import StoreError
 
 READ_BYTES = 2**20
+_ROWS = 2**14
 
 
 class Spool:
@@ -55,11 +56,14 @@ class Spool:
 
     def lines(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
         """The lines of these rows in their order, a few at a time where they lie side by side. Raises StoreError."""
-        starts, ends = self._offset[rows], self._offset[rows] + self._length[rows]
-        apart = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-        for first, last in zip([0, *apart.tolist()], [*apart.tolist(), len(rows)], strict=True):
-            if first < last:
-                yield from self._read(int(starts[first]), int(ends[last - 1]))
+        for at in range(0, len(rows), _ROWS):
+            some = rows[at : at + _ROWS]
+            starts = self._offset[some]
+            ends = starts + self._length[some]
+            apart = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+            first, last = np.append(0, apart), np.append(apart, len(some)) - 1
+            for start, end in zip(starts[first].tolist(), ends[last].tolist(), strict=True):
+                yield from self._read(start, end)
 
     def _read(self, start: int, end: int) -> Iterator[bytes]:
         while start < end:

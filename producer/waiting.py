@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 from loramill.producer.durations import in_words
@@ -40,8 +41,8 @@ class Patience:
         self._pause_s = LEAST_S
 
     def read(self, look: Callable[[], _T]) -> _T:
-        """What `look` returns, as soon as the store answers. Raises StoreUnreachable when it was away too long, and
-        whatever else `look` raises."""
+        """What `look` returns, as soon as the store answers. Raises TimeoutError if it does not in time, without a
+        timeout StoreUnreachable once it was away for AWAY_S, and whatever else `look` raises."""
         away_since_s: float | None = None
         while True:
             try:
@@ -51,10 +52,11 @@ class Patience:
                 if away_since_s is None:
                     away_since_s = now_s
                     self._say(f"{error}; trying again")
-                given_up_s = self._until_s if self._until_s is not None else away_since_s + AWAY_S
-                if now_s >= given_up_s:
+                if self._until_s is None and now_s >= away_since_s + AWAY_S:
                     raise
-                self._sleep(min(MOST_S, max(given_up_s - now_s, 0.01)))
+                if self._until_s is not None and now_s >= self._until_s:
+                    raise self.timed_out(str(error)) from error
+                self._sleep(MOST_S if self._until_s is None else min(MOST_S, self._until_s - now_s))
                 continue
             if away_since_s is not None:
                 self._say(f"the store is back after {in_words(self._clock() - away_since_s)}")
@@ -69,15 +71,15 @@ class Patience:
         self._sleep(min(self._pause_s, left_s))
         return True
 
-    def timed_out(self, job: Job) -> TimeoutError:
+    def timed_out(self, how_it_is: str) -> TimeoutError:
         """What to raise then."""
-        return TimeoutError(f"waited {in_words(self._timeout_s or 0)}: {said_of(job)}; it goes on")
+        return TimeoutError(f"waited {in_words(self._timeout_s or 0)}: {how_it_is}")
 
 
 def looks(store: JobStore, job_id: str, patience: Patience) -> Iterator[Job]:
     """The job at once, and again with pauses between until it has ended, that included.
 
-    Raises JobNotFound, TimeoutError, and StoreError when the store is away too long, or gone.
+    Raises JobNotFound, TimeoutError, and StoreError when the store is away for AWAY_S, or gone.
     """
     before: Job | None = None
     while True:
@@ -86,7 +88,7 @@ def looks(store: JobStore, job_id: str, patience: Patience) -> Iterator[Job]:
         if job.status.ended:
             return
         if not patience.pause(changed=job != before):
-            raise patience.timed_out(job)
+            raise patience.timed_out(f"{said_of(job)}; it goes on")
         before = job
 
 
@@ -101,7 +103,7 @@ def wait_for(
 
 def chunks(store: JobStore, job: Job, start: int = 0) -> Iterator[Chunk]:
     """The chunks of results that a job has, from number `start` on, few in memory at once."""
-    return _chunks(store, job, start, Patience(0))
+    return _chunks(store, job, start, lambda look: look())
 
 
 def follow(
@@ -112,14 +114,15 @@ def follow(
     start = 0
     for job in looks(store, job_id, patience):
         on_look(job)
-        yield from _chunks(store, job, start, patience)
+        yield from _chunks(store, job, start, patience.read)
         start = job.chunks
 
 
-def _chunks(store: JobStore, job: Job, start: int, patience: Patience) -> Iterator[Chunk]:
+def _chunks(
+    store: JobStore, job: Job, start: int, read: Callable[[Callable[[], list[Chunk]]], list[Chunk]]
+) -> Iterator[Chunk]:
     while start < job.chunks:
-        limit = min(PAGE, job.chunks - start)
-        page = patience.read(lambda start=start, limit=limit: store.results(job.id, start, limit))  # type: ignore[misc]
+        page = read(partial(store.results, job.id, start, min(PAGE, job.chunks - start)))
         if not page:
             raise StoreLost(f"job {job.id} had {job.chunks:,} chunks of results, and chunk {start:,} is not there")
         yield from page

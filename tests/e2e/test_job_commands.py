@@ -16,7 +16,7 @@ import pytest
 
 from loramill.producer.cli import main
 from tests.e2e.conftest import Ended
-from tests.producer.queued import Queue, ids
+from tests.producer.queued import Queue, ids, until_open
 
 
 class Shell:
@@ -190,7 +190,7 @@ def test_interrupts_leave_the_job_alone(shell: Shell, command: list[str], number
     shell.queue.submit(rows=10)
     shell.queue.run(shards=1)
     process = shell.start(*command)
-    time.sleep(1.5)
+    until_open(process, "jobs.db")
     process.send_signal(number)
     ended = end(process)
     assert ended.code == 130
@@ -201,7 +201,7 @@ def test_interrupts_leave_the_job_alone(shell: Shell, command: list[str], number
 def test_wait_in_a_process_sees_the_end(shell: Shell) -> None:
     shell.queue.submit(rows=10)
     process = shell.start("wait", "job", "--json", "--timeout", "1m")
-    time.sleep(0.5)
+    until_open(process, "jobs.db")
     shell.queue.run()
     ended = end(process)
     assert ended.code == 0
@@ -212,7 +212,7 @@ def test_wait_in_a_process_sees_the_end(shell: Shell) -> None:
 def test_watch_says_what_happens(shell: Shell) -> None:
     shell.queue.submit(rows=10)
     process = shell.start("watch", "job")
-    time.sleep(1)
+    until_open(process, "jobs.db")
     shell.queue.run(fail={"r3"})
     ended = end(process)
     assert ended.code == 3

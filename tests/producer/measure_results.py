@@ -53,7 +53,11 @@ def collect(url: str, output: Path) -> None:
     results(ResultsOptions(store=url, job_id="job", output=output))
     seconds = time.monotonic() - started_s
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    said = {"seconds": round(seconds, 1), "imports_mib": before_kib // 1024, "above_mib": (peak_kib - before_kib) // 1024}
+    said = {
+        "seconds": round(seconds, 1),
+        "imports_mib": before_kib // 1024,
+        "above_mib": (peak_kib - before_kib) // 1024,
+    }
     print(json.dumps(said))
 
 
@@ -65,7 +69,9 @@ def main() -> None:
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         url, output = build(Path(folder), rows), Path(folder) / "out.jsonl"
-        subprocess.run([sys.executable, "-m", "tests.producer.measure_results", "collect", url, str(output)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.producer.measure_results", "collect", url, str(output)], check=True
+        )
         print(f"{output.stat().st_size / 2**20:,.0f} MiB of output")
 
 

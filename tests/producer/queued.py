@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,13 @@ from loramill.store.sqlite_store import SqliteStore
 
 
 class Queue:
-    """A store in a file, and what is done there by others."""
+    """A store, and what is done there by others."""
 
-    def __init__(self, folder: Path, tokenizer: Path) -> None:
+    def __init__(self, folder: Path, tokenizer: Path, store: JobStore | None = None, url: str = "") -> None:
+        """A new file in `folder`, if no other `store` is given."""
         self.path = folder / "jobs.db"
-        self.url = f"sqlite:///{self.path}"
-        self.store: JobStore = SqliteStore(self.path)
+        self.url = url or f"sqlite:///{self.path}"
+        self.store: JobStore = store or SqliteStore(self.path)
         self.manifest = self._manifest(tokenizer)
 
     def _manifest(self, tokenizer: Path) -> Manifest:
@@ -78,6 +82,24 @@ class Queue:
                 if part:
                     self.commit(claim, part, fail=fail, text=text)
             shards = None if shards is None else shards - 1
+
+
+def until_open(process: subprocess.Popen[str], what: str) -> None:
+    """Returns when a process has opened a file or a `socket:` like this, and had a moment to go on."""
+    give_up_s = time.monotonic() + 30
+    while not any(what in link for link in _links(process.pid)):
+        assert process.poll() is None
+        assert time.monotonic() < give_up_s
+        time.sleep(0.02)
+    time.sleep(0.5)
+
+
+def _links(pid: int) -> list[str]:
+    links = list[str]()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            links.append(str(entry.readlink()))
+    return links
 
 
 def line_of(row: int) -> bytes:

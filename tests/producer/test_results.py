@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -177,3 +179,11 @@ def test_any_chunks_come_out_in_order_each_row_once(rows: list[int], chance: ran
         out = list[bytes]()
         write_all(spool.lines(spool.has.nonzero()[0]), out.append)
     assert b"".join(out).split() == [expected[row] for row in sorted(expected)]
+
+
+def test_memory_does_not_grow_with_the_lines() -> None:
+    """Measured for a million rows: 15 MiB above the imports, 450 MiB of output. Here the lines are 28 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.producer.measure_results", "60000"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[0])["above_mib"] < 16
