@@ -43,7 +43,9 @@ SHORT_TIMES = {
     "loramill.store.redis_link:READ_TIMEOUT_S": LEASE_S,
     "loramill.worker.housekeeping:HELLO_S": 0.5,
     "loramill.worker.housekeeping:REAP_S": 0.5,
+    "loramill.worker.engine_process:STALLED_S": 1.5,
     "loramill.worker.engine_process:FIRST_BACKOFF_S": 0.1,
+    "loramill.worker.engine_process:MAX_BACKOFF_S": 1.0,
 }
 """A lease takes 1/15 of its time, and so does what goes by it: what is 5, 40 and 90 s in a cluster is 0.3, 2.7 and 6 s
 here. An engine starts again soon."""

@@ -52,7 +52,9 @@ def test_the_leases_of_an_engine_that_hangs_run_out_and_another_worker_goes_on(c
     # Long before the worker gives its engine up (300 s): a lease is only renewed while the engine steps.
     cluster.worker()
     cluster.finish(job, rows)
-    assert any(shard.attempts == 1 for shard in cluster.store.shards(job))
+    # It takes no others meanwhile: every lease was lost at most once.
+    assert {shard.attempts for shard in cluster.store.shards(job)} <= {0, 1}
+    assert any(shard.attempts for shard in cluster.store.shards(job))
 
 
 def test_poison_rows_fail_alone_and_their_siblings_are_answered(cluster: Cluster) -> None:
@@ -68,8 +70,6 @@ def test_poison_rows_fail_alone_and_their_siblings_are_answered(cluster: Cluster
     # Three lone crashes each, and those in company that made them suspects.
     assert 3 * len(poison) < worker.said("the engine on stub died") <= 5 * len(poison)
     assert worker.said("died 3 times while the row") == len(poison)
-    # A row that has its result is not computed again; one that ran when the engine died is, and few do.
-    assert all(shard.attempts == 0 for shard in cluster.store.shards(job))
 
 
 def test_out_of_memory_halves_the_batch_and_charges_no_attempt(cluster: Cluster) -> None:
