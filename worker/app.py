@@ -35,7 +35,7 @@ def _read() -> tuple[WorkerOptions, Celery]:
     options = worker_options_from(os.environ)
     broker = broker_of(options.store, options.broker)
     base = options.base_name or base_name_of(options.base_model)
-    return options, make_app(broker, prefix=options.prefix, base=base)
+    return options, make_app(broker, prefix=options.store_prefix, base=base)
 
 
 def _end(failure: Failure) -> NoReturn:

@@ -181,7 +181,7 @@ def open_node(options: WorkerOptions) -> Node:
     """A worker with its store open and its devices taken, not started. Raises Failure: MACHINE for a store or a device
     that cannot be had, USAGE for a URL or a device that is none."""
     try:
-        store = open_store(options.store, files=options.files, prefix=options.prefix, lease_s=options.lease_s)
+        store = open_store(options.store, files=options.files, prefix=options.store_prefix, lease_s=options.lease_s)
     except StoreError as error:
         raise Failure(ExitCode.MACHINE, str(error)) from error
     except ValueError as error:

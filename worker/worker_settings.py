@@ -26,7 +26,7 @@ class WorkerOptions(ModelOptions):
 
     store: str
     files: str | None = None
-    prefix: str = "loramill"
+    store_prefix: str = "loramill"
     broker: str | None = None
     """None takes the store's Redis."""
     concurrency: int = 4
@@ -56,7 +56,7 @@ STORE = flag("--store", required=True, metavar="URL",
 FILES = flag(
     "--files", metavar="URL", help="Where rows and results are as files: file://, s3://, ...; else in the store."
 )
-PREFIX = flag("--prefix", default="loramill", metavar="NAME", help="What the store's keys begin with (Redis).")
+PREFIX = flag("--store-prefix", default="loramill", metavar="NAME", help="What the store's keys begin with (Redis).")
 BROKER = flag("--broker", metavar="URL", help="Where tickets are.  [default: the store's Redis]")
 
 WORKER_FLAGS = [

@@ -55,11 +55,20 @@ class Site:
         assert "Traceback" not in err, err
         return process.returncode, out, err
 
+    def family(self, process: subprocess.Popen[str]) -> list[int]:
+        """It, and all that it started."""
+        return [process.pid, *descendants(process.pid)]
+
+    def signal(self, pid: int, number: int) -> None:
+        os.kill(pid, number)
+
     def close(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
         self.store.close()
 
 
@@ -67,7 +76,7 @@ class Site:
 def on_redis(redis_server: RedisServer) -> Iterator[Site]:
     prefix = uuid.uuid4().hex
     store = RedisStore(redis_server.url, prefix=prefix)
-    site = Site(redis_server.url, store, LORAMILL_PREFIX=prefix)
+    site = Site(redis_server.url, store, LORAMILL_STORE_PREFIX=prefix)
     yield site
     site.close()
 
@@ -156,7 +165,7 @@ def test_a_killed_worker_takes_its_engine_along_and_another_goes_on(where: str, 
 def test_a_lost_queue_is_filled_again(on_redis: Site, redis_server: RedisServer) -> None:
     on_redis.start()
     until(on_redis.ready)
-    key = f"{on_redis.environment['LORAMILL_PREFIX']}:tickets:loramill-stub"
+    key = f"{on_redis.environment['LORAMILL_STORE_PREFIX']}:tickets:loramill-stub"
     for number in range(5):
         staged(on_redis.store, f"j{number}", ["row 0", "row 1"], per_shard=1)
         redis_server.cli("DEL", key)
