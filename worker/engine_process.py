@@ -76,6 +76,16 @@ class Handle:
         if not self.ended:
             self._engine.send(Kind.STOP, key=self.key, now=now)
 
+    @property
+    def running(self) -> tuple[int, ...]:
+        """Positions of its rows that run, as far as their results have not come."""
+        return self._engine.running(self.key)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one of its rows is all that the engine runs."""
+        return self._engine.runs_alone and bool(self.running)
+
     def put(self, event: Chunk | Ended | Died) -> None:
         """For the engine's reader."""
         self.ended = self.ended or not isinstance(event, Chunk)
@@ -108,7 +118,9 @@ class EngineProcess:
         self._handles: dict[int, Handle] = {}
         self._jobs: Counter[str] = Counter()
         self._running: dict[int, set[int]] = {}
-        self._alone = self._died_alone = False
+        self.runs_alone = False
+        """Whether what runs is one row, and nothing else."""
+        self._died_alone = False
         self._last_key = 0
         self._steps = -1
         self._stalled = Stopwatch()
@@ -121,9 +133,14 @@ class EngineProcess:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes shards now: it is up, and it steps. One that hangs would take a shard for a lease's time, and
-        then the next."""
-        return self._ready_at_s is not None and self._stalled.seconds < STALLED_S
+        """Whether it takes shards now: it is up, and it steps. One that hangs would take a shard for a lease's time,
+        and then the next."""
+        return self._ready_at_s is not None and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it should step and has not for STALLED_S."""
+        return self._stalled.seconds >= STALLED_S
 
     def run(self, spec: JobSpec, claim: Claim, blob: bytes) -> Handle:
         """Gives it a shard, `blob` as pack_shard made it. If it is down, the handle says so at once."""
@@ -143,6 +160,11 @@ class EngineProcess:
         alone = sorted(claim.suspects)
         self.send(Kind.SHARD, blob, key=handle.key, job=job, skip=claim.done.hex(), alone=alone)
         return handle
+
+    def running(self, key: int) -> tuple[int, ...]:
+        """Positions of the rows that run of the shard with this key."""
+        with self._lock:
+            return tuple(sorted(self._running.get(key, ())))
 
     def send(self, kind: Kind, blob: bytes = b"", **said: Any) -> None:
         """Writes a frame. If the child is gone its reader says so to whoever waits for it."""
@@ -245,7 +267,7 @@ class EngineProcess:
             elif frame.kind is Kind.RUNNING:
                 for key, position in said["started"]:
                     self._running.setdefault(key, set()).add(position)
-                self._alone = said["alone"]
+                self.runs_alone = said["alone"]
             elif frame.kind is Kind.ROWS and (handle := self._handles.get(said["key"])):
                 chunk = Chunk.from_bytes(frame.blob)
                 self._running[handle.key].difference_update(chunk.index["position"].tolist())
@@ -264,7 +286,7 @@ class EngineProcess:
             handles, self._handles = self._handles, {}
             running, self._running = self._running, {}
             self._jobs.clear()
-            lone = self._died_alone = self._alone and sum(len(positions) for positions in running.values()) == 1
+            lone = self._died_alone = self.runs_alone and sum(len(positions) for positions in running.values()) == 1
         for key, handle in handles.items():
             suspects = tuple(sorted(running[key]))
             handle.put(Died(suspects, suspects[0] if lone and suspects else None))

@@ -37,6 +37,10 @@ class Lost(Exception):
 class GivenUp(Exception):
     """The shard is given back with what is committed."""
 
+    def __init__(self, why: str, suspects: Collection[int] = ()) -> None:
+        super().__init__(why)
+        self.suspects = suspects
+
 
 class ShardRun:
     """Runs one claim: `run`, once."""
@@ -67,7 +71,7 @@ class ShardRun:
                 log(f"shard {self._name}: lost to another worker, or needed no more; its other rows are dropped")
             except GivenUp as why:
                 log(f"shard {self._name}: given back: {why}")
-                self._release()
+                self._release(why.suspects)
             except StoreError:
                 self._release()
                 raise
@@ -90,6 +94,10 @@ class ShardRun:
             self._insist(lambda lease: None)
         if self._drain.over:
             raise GivenUp("the worker ends")
+        # Nothing renews the lease of an engine that hangs. What ran in it must be known before the lease is another's,
+        # or a row that makes engines hang would go from worker to worker, unsuspected, for ever.
+        if self._engine.stalled and not handle.alone and self._held.runs_out(time.monotonic()):
+            raise GivenUp("the engine does not step", handle.running)
         if self._held.verdict is Verdict.OVER or self._drain.late:
             self._stop(handle, now=True)
         elif self._drain.asked:
@@ -165,7 +173,9 @@ class ShardRun:
         held.take(claim.lease, asked_s)
 
     def _progress(self) -> int | None:
-        return None if self._handle is not None and self._handle.ended else self._engine.progress
+        # A row that is tried alone is waited for until the engine is given up: only who holds the lease can charge it.
+        handle = self._handle
+        return None if handle is not None and (handle.ended or handle.alone) else self._engine.progress
 
 
 def _backoff() -> Iterator[float]:

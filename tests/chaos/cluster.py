@@ -43,7 +43,8 @@ SHORT_TIMES = {
     "loramill.store.redis_link:READ_TIMEOUT_S": LEASE_S,
     "loramill.worker.housekeeping:HELLO_S": 0.5,
     "loramill.worker.housekeeping:REAP_S": 0.5,
-    "loramill.worker.engine_process:STALLED_S": 1.5,
+    "loramill.worker.engine_process:LOOK_S": 0.2,
+    "loramill.worker.engine_process:STALLED_S": 1.0,
     "loramill.worker.engine_process:FIRST_BACKOFF_S": 0.1,
     "loramill.worker.engine_process:MAX_BACKOFF_S": 1.0,
 }
