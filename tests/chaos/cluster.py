@@ -162,26 +162,18 @@ class Cluster:
         """Another one."""
         return open_store(self.url, files=self.files, prefix=self.prefix, **options)
 
-    def environment(self, name: str, chaos: Chaos | None = None, **more: str) -> dict[str, str]:
-        """Of a worker, or of a command (which reads less of it)."""
+    def environment(self) -> dict[str, str]:
+        """Of everybody who is to use this store."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")}
         paths = (ROOT / "tests" / "chaos" / "site", ROOT / "src", ROOT)
         settings = {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "LORAMILL_STORE": self.url,
-            "LORAMILL_PREFIX": self.prefix,
             "LORAMILL_STORE_PREFIX": self.prefix,
-            "LORAMILL_BASE_MODEL": BASE,
-            "LORAMILL_DEVICE": "cpu",
-            "LORAMILL_LEASE": str(LEASE_S),
-            "LORAMILL_ID": name,
-            "LORAMILL_CHILD": f"{sys.executable} -m tests.chaos.child",
-            "STUB_RAN": str(self.ran),
         }
         if self.files is not None:
             settings["LORAMILL_FILES"] = self.files
-        chaos = chaos or Chaos(times=SHORT_TIMES)
-        return kept | settings | chaos.environment() | more
+        return kept | settings
 
     def worker(
         self, name: str | None = None, *, form: Form = "celery", chaos: Chaos | None = None, url: str | None = None,
@@ -193,9 +185,19 @@ class Cluster:
             "celery": ["-m", "celery", "-A", "loramill.worker.app", "worker", "-P", "threads", "-c", str(threads)],
             "command": ["-c", "from loramill.producer.cli import main; main(['worker'])"],
         }[form]
-        more = environment | {"LORAMILL_CONCURRENCY": str(threads)} | ({"LORAMILL_STORE": url} if url else {})
-        log = self.folder / f"{name}.log"
-        worker = Worker(name, [sys.executable, *command], self.environment(name, chaos, **more), log)
+        settings = {
+            "LORAMILL_STORE": url or self.url,
+            "LORAMILL_BASE_MODEL": BASE,
+            "LORAMILL_DEVICE": "cpu",
+            "LORAMILL_ID": name,
+            "LORAMILL_LEASE": str(LEASE_S),
+            "LORAMILL_CONCURRENCY": str(threads),
+            "LORAMILL_CHILD": f"{sys.executable} -m tests.chaos.child",
+            "STUB_RAN": str(self.ran),
+        }
+        told = (chaos or Chaos(times=SHORT_TIMES)).environment()
+        given = self.environment() | settings | told | environment
+        worker = Worker(name, [sys.executable, *command], given, self.folder / f"{name}.log")
         self.workers.append(worker)
         return worker
 
@@ -211,12 +213,16 @@ class Cluster:
 
     def submit(self, rows: Rows, store: JobStore | None = None, **ask: object) -> str:
         """The id of an accepted job of these rows."""
-        path = self.folder / f"in-{time.monotonic_ns()}.jsonl"
-        path.write_bytes(b"\n".join(rows.lines) + b"\n")
         store = store or self.store
-        with open_input(str(path), self.folder) as source:
+        with open_input(str(self.write(rows)), self.folder) as source:
             done = submit(store, source, Ask(**ask), lambda: published(store, None))  # type: ignore[arg-type]
         return done.job.id
+
+    def write(self, rows: Rows) -> Path:
+        """An input file of these rows."""
+        path = self.folder / f"in-{time.monotonic_ns()}.jsonl"
+        path.write_bytes(b"\n".join(rows.lines) + b"\n")
+        return path
 
     def until(self, what: str, holds: Callable[[], object], timeout_s: float = 30.0) -> None:
         """Waits until `holds()`. Raises AssertionError with what every worker said last."""
@@ -265,7 +271,7 @@ class Cluster:
         """How a command ends that a person gives: its exit code, stdout and stderr."""
         code = f"from loramill.producer.cli import main; main({list(arguments)!r})"
         ended = subprocess.run(
-            [sys.executable, "-c", code], env=self.environment("person"), capture_output=True, text=True,
+            [sys.executable, "-c", code], env=self.environment(), capture_output=True, text=True,
             timeout=timeout_s, cwd=self.folder,
         )  # fmt: skip
         return ended.returncode, ended.stdout, ended.stderr
