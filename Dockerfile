@@ -18,8 +18,8 @@ COPY . .
 RUN pip install --no-cache-dir --constraint constraints.txt .
 
 # Nothing that it runs needs root; what it caches goes to the user's home.
-RUN useradd --create-home loramill
+RUN useradd --create-home loramill && install -d -o loramill /jobs
 USER loramill
-WORKDIR /home/loramill
+WORKDIR /jobs
 ENTRYPOINT ["loramill"]
 CMD ["--help"]

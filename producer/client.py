@@ -11,6 +11,7 @@ from typing import BinaryIO, Self, TypeVar, cast
 
 import numpy as np
 
+from loramill.producer.announce import announce
 from loramill.producer.ask import Ask, OnInvalid, new_id
 from loramill.producer.collect import Seen, pick
 from loramill.producer.generated import Generated, generated
@@ -43,12 +44,13 @@ class Producer:
         files: str | None = None,
         prefix: str = "loramill",
         base: str | None = None,
+        broker: str | None = None,
         max_pending_rows: int | None = None,
     ) -> None:
         """`store`: its URL, or one that is open, which is then not closed. `files`: where rows and results are, if not
-        in the store. `base`: which one the rows are for, where workers serve several. With `max_pending_rows`, `submit`
-        waits while more rows than that wait to be run."""
-        self._given, self._files, self._prefix, self._base = store, files, prefix, base
+        in the store. `base`: which one the rows are for, where workers serve several. `broker`: where tickets go, if
+        not to the store's Redis. With `max_pending_rows`, `submit` waits while more rows than that wait to be run."""
+        self._given, self._files, self._prefix, self._base, self._broker = store, files, prefix, base, broker
         self._max_pending_rows = max_pending_rows
 
     async def __aenter__(self) -> Self:
@@ -103,6 +105,8 @@ class Producer:
 
             with _as_errors():
                 done = await stoppable(work, stop, self._unheard)
+        if isinstance(self._given, str):
+            await asyncio.to_thread(announce, done, self._store, self._given, prefix=self._prefix, broker=self._broker)
         return done.job
 
     async def job(self, job_id: str) -> Job:

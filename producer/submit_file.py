@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
+from loramill.producer.announce import announce
 from loramill.producer.interrupts import Interrupts
 from loramill.producer.invalid import InvalidLines
 from loramill.producer.outcomes import exit_code, in_words
@@ -31,6 +32,9 @@ def submit_file(options: SubmitOptions) -> ExitCode:
         with _input(options) as source:
             interrupts.check()
             done = submit(store, source, ask, lambda: _served(store, options, publish=True), _progress(options))
+        hindered = announce(done, store, options.store or "", prefix=options.store_prefix, broker=options.broker)
+        if hindered:
+            note(hindered, quiet=options.quiet)
         _report(done, options)
         return _wait(store, done, options) if options.wait else ExitCode.OK
 

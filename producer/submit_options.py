@@ -13,6 +13,7 @@ from loramill.producer.durations import seconds_of
 from loramill.producer.store_options import STORE_FLAGS, StoreOptions
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.worker.settings import MODEL_FLAGS, POSITIVE, ModelOptions, flag, flagged, size
+from loramill.worker.worker_settings import BROKER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class SubmitOptions(StoreOptions):
     window_s: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     no_dedupe: bool = False
+    broker: str | None = None
     max_job_rows: int = MAX_JOB_ROWS
     max_job_bytes: int | None = MAX_JOB_BYTES
     wait: bool = False
@@ -102,6 +104,7 @@ _SUBMIT_FLAGS = [
     flag("--on-invalid", type=click.Choice(["fail", "skip"]), default="fail",
          help="Invalid lines refuse the whole input, or go to the error file."),
     flag("--no-dedupe", is_flag=True, help="Compute identical rows again and again."),
+    BROKER,
     flag("--id", dest="job_id", metavar="ID", help="The job's. The same submit again is then the same job."),
 ]  # fmt: skip
 _INPUT = click.argument("input", metavar="FILE")

@@ -3,6 +3,7 @@ variables; `loramill worker` runs it with those of its own flags."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from celery import Celery, signals
 from celery.apps.worker import Worker
+from celery.exceptions import CPendingDeprecationWarning
 from celery.platforms import SecurityWarning
 from celery.worker import state
 
@@ -21,10 +23,12 @@ from loramill.worker.base_files import base_name_of
 from loramill.worker.housekeeping import Housekeeping
 from loramill.worker.node import Node, open_node
 from loramill.worker.tickets import TASK, broker_of, make_app, top_up
-from loramill.worker.worker_log import log
+from loramill.worker.worker_log import line_of, log
 from loramill.worker.worker_settings import LIFELINE, WorkerOptions, worker_options_from
 
 warnings.simplefilter("ignore", SecurityWarning)  # of running as root: in a container there is nobody else
+# Of a setting for late acknowledgements, which there are none of.
+warnings.simplefilter("ignore", CPendingDeprecationWarning)
 
 LOOK_S = 0.2
 LAST_S = 1.0
@@ -70,6 +74,21 @@ def work() -> None:
     """There is work."""
     for node, _ in _serving:
         node.work()
+
+
+class _OneLine(logging.Formatter):
+    """Celery's log as ours: a lost connection is one line, which names the error, and no traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        why = f": {record.exc_info[1]!r}" if record.exc_info and record.exc_info[1] else ""
+        return line_of(f"{record.getMessage().strip()}{why}")
+
+
+@signals.after_setup_logger.connect  # type: ignore[untyped-decorator]
+def _say_one_line(logger: logging.Logger, **_: Any) -> None:
+    for handler in logger.handlers:
+        handler.setFormatter(_OneLine())
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]

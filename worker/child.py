@@ -92,9 +92,15 @@ def options_of(fields: Mapping[str, Any]) -> ModelOptions:
 
 
 def _read(inbound: BinaryIO, frames: queue.SimpleQueue[Frame]) -> None:
-    while (frame := read_frame(inbound)) is not None:
-        frames.put(frame)
-    os._exit(0)  # whoever asked is gone
+    code = 1
+    try:
+        while (frame := read_frame(inbound)) is not None:
+            frames.put(frame)
+        code = 0  # whoever asked is gone
+    except ValueError as error:
+        print(f"Error: the engine was told what is {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
 
 
 class _Child:

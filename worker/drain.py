@@ -18,10 +18,10 @@ class Drain:
         self._asked = threading.Event()
         self._at_s = 0.0
 
-    def ask(self) -> None:
-        """From now on nothing is claimed. Asking again changes nothing."""
+    def ask(self, *, at_once: bool = False) -> None:
+        """From now on nothing is claimed; with `at_once` no row is waited for either. Asking again changes nothing."""
         if not self._asked.is_set():
-            self._at_s = time.monotonic()
+            self._at_s = time.monotonic() - (FINISH_S if at_once else 0.0)
             self._asked.set()
 
     @property

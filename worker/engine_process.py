@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import shlex
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import IO, Any
 
 from loramill.schemas.failures import ExitCode, Failure
@@ -22,6 +21,7 @@ from loramill.store.packing import Chunk
 from loramill.store.records import Claim
 from loramill.worker.devices import Device
 from loramill.worker.frames import Frame, Kind, read_frame, write_frame
+from loramill.worker.handle import Died, Ended, Handle
 from loramill.worker.settings import ModelOptions
 from loramill.worker.stopwatch import Stopwatch
 from loramill.worker.worker_log import log
@@ -37,59 +37,6 @@ MAX_EARLY_DEATHS = 3
 LOOK_S = 1.0
 STALLED_S = 10.0
 """An engine that was silent for so long gets no more shards until it steps."""
-
-
-@dataclass(slots=True, frozen=True)
-class Ended:
-    """No more rows of the shard will come."""
-
-
-@dataclass(slots=True, frozen=True)
-class Died:
-    """The engine died, and with it what it had of the shard."""
-
-    suspects: tuple[int, ...] = ()
-    """Positions of the rows that were running, as far as their results had not come."""
-    alone: int | None = None
-    """The one row that was in the engine at all."""
-
-
-class Handle:
-    """A shard in an engine. Its events come in order: chunks, and then Ended or Died, once."""
-
-    def __init__(self, engine: EngineProcess, key: int, job: str) -> None:
-        self.key, self.job = key, job
-        self.ended = False
-        """Whether all that will come has come; it may still wait to be taken."""
-        self._engine = engine
-        self._events: queue.SimpleQueue[Chunk | Ended | Died] = queue.SimpleQueue()
-
-    def take(self, timeout_s: float) -> Chunk | Ended | Died | None:
-        """The next event; None if there is none within the time."""
-        try:
-            return self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-
-    def stop(self, *, now: bool) -> None:
-        """No further row starts; with `now` the running ones are dropped too. What is finished still comes."""
-        if not self.ended:
-            self._engine.send(Kind.STOP, key=self.key, now=now)
-
-    @property
-    def running(self) -> tuple[int, ...]:
-        """Positions of its rows that run, as far as their results have not come."""
-        return self._engine.running(self.key)
-
-    @property
-    def alone(self) -> bool:
-        """Whether one of its rows is all that the engine runs."""
-        return self._engine.runs_alone and bool(self.running)
-
-    def put(self, event: Chunk | Ended | Died) -> None:
-        """For the engine's reader."""
-        self.ended = self.ended or not isinstance(event, Chunk)
-        self._events.put(event)
 
 
 class EngineProcess:
@@ -118,9 +65,7 @@ class EngineProcess:
         self._handles: dict[int, Handle] = {}
         self._jobs: Counter[str] = Counter()
         self._running: dict[int, set[int]] = {}
-        self.runs_alone = False
-        """Whether what runs is one row, and nothing else."""
-        self._died_alone = False
+        self._alone = self._died_alone = False
         self._last_key = 0
         self._steps = -1
         self._stalled = Stopwatch()
@@ -147,7 +92,7 @@ class EngineProcess:
         job = spec.id
         with self._lock:
             self._last_key += 1
-            handle = Handle(self, self._last_key, job)
+            handle = Handle(self.send, self._last_key, job)
             if not self.ready:
                 handle.put(Died())
                 return handle
@@ -161,10 +106,14 @@ class EngineProcess:
         self.send(Kind.SHARD, blob, key=handle.key, job=job, skip=claim.done.hex(), alone=alone)
         return handle
 
-    def running(self, key: int) -> tuple[int, ...]:
-        """Positions of the rows that run of the shard with this key."""
+    def running(self, handle: Handle) -> tuple[int, ...]:
+        """Positions of the shard's rows that run, as far as their results have not come."""
         with self._lock:
-            return tuple(sorted(self._running.get(key, ())))
+            return tuple(sorted(self._running.get(handle.key, ())))
+
+    def tries_alone(self, handle: Handle) -> bool:
+        """Whether one of the shard's rows is all that runs, for it is under suspicion."""
+        return self._alone and bool(self.running(handle))
 
     def send(self, kind: Kind, blob: bytes = b"", **said: Any) -> None:
         """Writes a frame. If the child is gone its reader says so to whoever waits for it."""
@@ -267,7 +216,7 @@ class EngineProcess:
             elif frame.kind is Kind.RUNNING:
                 for key, position in said["started"]:
                     self._running.setdefault(key, set()).add(position)
-                self.runs_alone = said["alone"]
+                self._alone = said["alone"]
             elif frame.kind is Kind.ROWS and (handle := self._handles.get(said["key"])):
                 chunk = Chunk.from_bytes(frame.blob)
                 self._running[handle.key].difference_update(chunk.index["position"].tolist())
@@ -286,7 +235,7 @@ class EngineProcess:
             handles, self._handles = self._handles, {}
             running, self._running = self._running, {}
             self._jobs.clear()
-            lone = self._died_alone = self.runs_alone and sum(len(positions) for positions in running.values()) == 1
+            lone = self._died_alone = self._alone and sum(len(positions) for positions in running.values()) == 1
         for key, handle in handles.items():
             suspects = tuple(sorted(running[key]))
             handle.put(Died(suspects, suspects[0] if lone and suspects else None))

@@ -19,7 +19,7 @@ from loramill.worker.devices import take_devices
 from loramill.worker.drain import Drain
 from loramill.worker.engine_process import EngineProcess
 from loramill.worker.leases import Leases
-from loramill.worker.shard_run import TRANSIENT, ShardRun
+from loramill.worker.shard_run import ShardRun
 from loramill.worker.worker_log import log, log_seldom
 from loramill.worker.worker_settings import WorkerOptions
 
@@ -131,7 +131,7 @@ class Node:
             self.failure = failure
         for line in failure.lines:
             log(f"Error: {line}")
-        self.drain.ask()
+        self.drain.ask(at_once=True)
 
     def publish(self) -> None:
         """Lets the store know what the engines serve, once each. Raises StoreError."""
@@ -172,7 +172,7 @@ class Node:
             engine.close()
         try:
             self.store.goodbye(self.name)
-        except TRANSIENT as error:
+        except StoreError as error:
             log_seldom(f"worker {self.name} ends without a goodbye: {error}")
         self.store.close()
 

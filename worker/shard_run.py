@@ -14,7 +14,8 @@ from loramill.store.errors import Fenced, JobNotFound, StoreError, StoreFull, St
 from loramill.store.packing import Chunk, unpack_shard
 from loramill.store.records import Claim, Committed, DoneRow, Lease, Verdict
 from loramill.worker.drain import Drain
-from loramill.worker.engine_process import Died, Ended, EngineProcess, Handle
+from loramill.worker.engine_process import EngineProcess
+from loramill.worker.handle import Died, Ended, Handle
 from loramill.worker.leases import Held, Leases
 from loramill.worker.worker_log import log, log_seldom
 
@@ -96,8 +97,8 @@ class ShardRun:
             raise GivenUp("the worker ends")
         # Nothing renews the lease of an engine that hangs. What ran in it must be known before the lease is another's,
         # or a row that makes engines hang would go from worker to worker, unsuspected, for ever.
-        if self._engine.stalled and not handle.alone and self._held.runs_out(time.monotonic()):
-            raise GivenUp("the engine does not step", handle.running)
+        if self._engine.stalled and not self._engine.tries_alone(handle) and self._held.runs_out(time.monotonic()):
+            raise GivenUp("the engine does not step", self._engine.running(handle))
         if self._held.verdict is Verdict.OVER or self._drain.late:
             self._stop(handle, now=True)
         elif self._drain.asked:
@@ -175,7 +176,9 @@ class ShardRun:
     def _progress(self) -> int | None:
         # A row that is tried alone is waited for until the engine is given up: only who holds the lease can charge it.
         handle = self._handle
-        return None if handle is not None and (handle.ended or handle.alone) else self._engine.progress
+        return (
+            None if handle is not None and (handle.ended or self._engine.tries_alone(handle)) else self._engine.progress
+        )
 
 
 def _backoff() -> Iterator[float]:

@@ -6,13 +6,17 @@ import sys
 import time
 
 
+def line_of(event: str) -> str:
+    """One line, with the time, not ended."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(event.split())}"
+
+
 def log(event: str) -> None:
     """Says it, with the time."""
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(event.split())}\n"
     # One write, so that lines of several threads do not mix; __stderr__, since Celery may have replaced stderr.
     out = sys.__stderr__
     if out is not None:
-        out.write(line)
+        out.write(line_of(event) + "\n")
         out.flush()
 
 

@@ -98,6 +98,11 @@ class StoreMachine(RuleBasedStateMachine):
     def publish(self) -> None:
         for manifest in MANIFESTS:
             self.both("publish", manifest)
+        # Something to work on: most of what can go wrong goes wrong with leases.
+        for shards in ([(9, {"a"}), (3, {"b"}), (1, set())], [(9, {"b", "c"}), (3, {"d"})]):
+            self.submit(shards, 0, None)
+        for worker in range(len(MANIFESTS)):
+            self.claim(worker, [])
 
     # Submitting.
 
@@ -112,9 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.both("stage", a_spec(self.names[-1], base=base, priority=priority, window_s=window_s))
 
     @rule(
-        shards=st.lists(
-            st.tuples(st.sampled_from((1, 3, 9)), st.sets(st.sampled_from("abcd"), max_size=3)), max_size=3
-        ),
+        shards=st.lists(st.tuples(sizes, needed), max_size=3),
         priority=st.integers(-1, 1),
         window_s=windows,
     )

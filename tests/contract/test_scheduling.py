@@ -1,9 +1,9 @@
 """No shard waits for ever: what can pass it over, and for how long that can last.
 
 A shard of rank r is passed over only for shards of rank up to r + AFFINITY_S. A job submitted at t with priority p
-has rank t - PRIORITY_S * p or, with a window, at least t - DEADLINE_LEAD_S if that is less. So all that can go first has
-been submitted by r + AFFINITY_S + max(PRIORITY_S * highest priority, DEADLINE_LEAD_S): from then on what is before the
-shard only becomes less.
+has rank t - PRIORITY_S * p or, with a window, at least t - DEADLINE_LEAD_S if that is less. So all that can go first
+has been submitted by r + AFFINITY_S + max(PRIORITY_S * highest priority, DEADLINE_LEAD_S): from then on what is
+before the shard only becomes less.
 """
 
 from __future__ import annotations

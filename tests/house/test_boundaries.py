@@ -25,7 +25,7 @@ QUEUE_SIDE = {
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
         *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
-        *("worker_settings", "worker_log", "child", "engine_process", "manifest", "frames"),
+        *("worker_settings", "worker_log", "child", "engine_process", "handle", "manifest", "frames"),
     )
 }
 ALLOWED = {
@@ -45,6 +45,13 @@ ALLOWED = {
     },
     "producer/worker_command.py": {"loramill.worker", "loramill.schemas"},
     "producer/mill.py": {"loramill.worker.models", *SETTINGS, "loramill.schemas", "loramill.store"},
+    "producer/offers.py": {"loramill.worker.tokenizers", "loramill.schemas", "loramill.store"},
+    "producer/served.py": {
+        *("loramill.worker.models", "loramill.worker.manifest"),
+        *(*SETTINGS, "loramill.schemas", "loramill.store"),
+    },
+    "producer/announce.py": {"loramill.worker.tickets", "loramill.store"},
+    "producer/submit_file.py": {"loramill.worker.base_files", "loramill.schemas", "loramill.store"},
 }
 
 # Only inside functions: whoever asks for --help or only validates must not wait for these.

@@ -245,6 +245,32 @@ def test_it_ends_with_its_input(stub: Child, amid: bool) -> None:
     assert stub.process.wait(5) == 0
 
 
+def test_what_is_no_frame_ends_it(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    child = start()
+    child.until(Kind.READY)
+    assert child.process.stdin is not None
+    child.process.stdin.write(b"\xff" * 16)
+    child.process.stdin.flush()
+    assert child.process.wait(5) == 1
+    assert "not a frame" in capfd.readouterr().err
+
+
+def test_what_others_print_is_no_frame(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    script = "from tests import stub_engine as s; from loramill.worker import child\n" + textwrap.dedent(
+        """
+        import os
+        def noisy(options):
+            print("a banner", flush=True)
+            os.system("echo from a process; cat")  # which finds nothing to read
+            return s.open_stub(options)
+        child.main(noisy)
+        """
+    )
+    child = start((sys.executable, "-c", script))
+    assert child.until(Kind.READY).fields["device"] == "stub"
+    assert "a banner" in capfd.readouterr().err
+
+
 def test_signals_are_its_workers_to_act_on(stub: Child) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         stub.process.send_signal(signum)

@@ -1,0 +1,54 @@
+"""A shard in an engine, as the thread that sent it there sees it: what comes back, in order."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loramill.store.packing import Chunk
+from loramill.worker.frames import Kind
+
+
+@dataclass(slots=True, frozen=True)
+class Ended:
+    """No more rows of the shard will come."""
+
+
+@dataclass(slots=True, frozen=True)
+class Died:
+    """The engine died, and with it what it had of the shard."""
+
+    suspects: tuple[int, ...] = ()
+    """Positions of the rows that were running, as far as their results had not come."""
+    alone: int | None = None
+    """The one row that was in the engine at all."""
+
+
+class Handle:
+    """A shard in an engine. Its events come in order: chunks, and then Ended or Died, once."""
+
+    def __init__(self, send: Callable[..., None], key: int, job: str) -> None:
+        """`send` writes a frame to the engine."""
+        self.key, self.job = key, job
+        self.ended = False
+        """Whether all that will come has come; it may still wait to be taken."""
+        self._send = send
+        self._events: queue.SimpleQueue[Chunk | Ended | Died] = queue.SimpleQueue()
+
+    def take(self, timeout_s: float) -> Chunk | Ended | Died | None:
+        """The next event; None if there is none within the time."""
+        try:
+            return self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def stop(self, *, now: bool) -> None:
+        """No further row starts; with `now` the running ones are dropped too. What is finished still comes."""
+        if not self.ended:
+            self._send(Kind.STOP, key=self.key, now=now)
+
+    def put(self, event: Chunk | Ended | Died) -> None:
+        """For the engine's reader."""
+        self.ended = self.ended or not isinstance(event, Chunk)
+        self._events.put(event)
