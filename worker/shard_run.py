@@ -174,11 +174,10 @@ class ShardRun:
         held.take(claim.lease, asked_s)
 
     def _progress(self) -> int | None:
+        handle, engine = self._handle, self._engine
         # A row that is tried alone is waited for until the engine is given up: only who holds the lease can charge it.
-        handle = self._handle
-        return (
-            None if handle is not None and (handle.ended or self._engine.tries_alone(handle)) else self._engine.progress
-        )
+        renews_anyway = handle is not None and (handle.ended or engine.tries_alone(handle))
+        return None if renews_anyway else engine.progress
 
 
 def _backoff() -> Iterator[float]:
