@@ -38,6 +38,20 @@ def test_kill_9_loses_nothing_and_only_uncommitted_rows_run_again(cluster: Clust
     assert outcome.committed_twice == 0
 
 
+def test_a_worker_command_that_is_killed_takes_celery_and_the_engine_with_it(cluster: Cluster) -> None:
+    rows = rows_of(150)
+    victim = cluster.worker(form="command", **SLOW)
+    cluster.ready(victim)
+    family = victim.family()
+    assert len(family) == 3
+    job = cluster.submit(rows)
+    cluster.until("some rows finished", lambda: cluster.finished(job) >= 8)
+    victim.send(signal.SIGKILL)
+    until("all of it dead", lambda: not any(is_alive(pid) for pid in family), 5)
+    cluster.worker()
+    cluster.finish(job, rows)
+
+
 def test_a_commit_after_a_pause_beyond_the_lease_is_fenced(cluster: Cluster) -> None:
     rows = rows_of(150)
     paused = cluster.worker(chaos=_chaos_at(Point.MID_COMMIT, cluster.folder, "SIGSTOP"), **SLOW)
