@@ -73,7 +73,8 @@ class ShardRun:
             except GivenUp as why:
                 log(f"shard {self._name}: given back: {why}")
                 self._release(why.suspects)
-            except StoreError:
+            except StoreError as error:
+                log(f"shard {self._name}: given back: {error}")
                 self._release()
                 raise
 
@@ -153,7 +154,7 @@ class ShardRun:
                 log_seldom(f"waiting for the store: {error}")
                 no_disk = isinstance(error, StoreFull) and self._store.files is not None
                 if no_disk and time.monotonic() >= began_s + DISK_FULL_S:
-                    raise GivenUp(str(error)) from error
+                    raise  # the thread pauses, or it would have the shard again before anybody else
             if self._drain.over:
                 raise GivenUp("the worker ends")
             self._drain.wait(wait_s)

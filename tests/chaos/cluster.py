@@ -249,12 +249,15 @@ class Cluster:
             raise AssertionError(f"{error}\n{seen}\n{shards[:5]}\n{self.store.events(job_id)[-20:]}") from None
         return seen[0]
 
-    def finish(self, job_id: str, rows: Rows, timeout_s: float = 60.0) -> oracle.Outcome:
+    def finish(
+        self, job_id: str, rows: Rows, timeout_s: float = 60.0, *,
+        hashes: Mapping[str | None, str | None] = HASHES, base: str = BASE,
+    ) -> oracle.Outcome:  # fmt: skip
         """Waits for the job, and holds it against the oracle: the store, and the files that a person gets."""
         self.wait(job_id, timeout_s)
         twice = oracle.check_store(self.store, job_id, rows.expected)
         answered, failed = self.results(job_id)
-        return oracle.Outcome(oracle.check_files(rows.expected, answered, failed, HASHES, BASE), twice)
+        return oracle.Outcome(oracle.check_files(rows.expected, answered, failed, hashes, base), twice)
 
     def results(self, job_id: str) -> tuple[list[bytes], list[bytes]]:
         """The lines of the two files that `loramill results` makes."""
