@@ -36,7 +36,8 @@ def _one(result: Mapping[str, Any]) -> str:
             f"{rows:,} rows of {result['row_bytes']:.0f} bytes over 16 adapters, result lines of "
             f"{result['result_bytes']:.0f} bytes, a stub in the engine's place. Redis holds "
             f"{memory['input']:.0f} bytes a row of input and {memory['output']:.0f} of output "
-            f"({_mib(memory['input'])} and {_mib(memory['output'])} MiB a million rows); these rows compress well. The workers' CPU includes their start. "
+            f"({_mib(memory['input'])} and {_mib(memory['output'])} MiB a million rows); these rows compress "
+            "well. The workers' CPU includes their start. "
             f"{hardware['cores']} cores of {hardware['cpu']}, Redis {versions['redis-server']} with an append-only "
             f"file synced `{result['fsync']}`; {result['date']}; `{result['command']}`.",
             "",
