@@ -121,7 +121,8 @@ def test_counts_that_are_not_those_of_the_rows_are_found() -> None:
     job = Job(spec, JobStatus.COMPLETED, 9, 8, 1, 0, 0, shards=2, shards_done=2, chunks=3, created_ms=0)
     check_job(job, ROWS)
     wrong: list[dict[str, Any]] = [
-        {"status": JobStatus.IN_PROGRESS}, {"total": 10}, {"completed": 9, "failed": 0}, {"completed": 9}, {"shards_done": 1}
+        {"status": JobStatus.IN_PROGRESS}, {"total": 10}, {"completed": 9, "failed": 0}, {"completed": 9},
+        {"shards_done": 1},
     ]  # fmt: skip
     for change in wrong:
         with pytest.raises(Wrong, match="expected"):
