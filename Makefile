@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Both set up .venv when it is missing or out of date.
 #   PYTHON=...  interpreter for .venv (3.11 or newer)
-#   ARGS=...    extra arguments for pytest (make test), the harness (make bench) or a part (make gpu)
+#   ARGS=...    extra arguments for pytest (make test), the harness (make bench), a part (make gpu) or the faults (make chaos)
 #   PART=...    of make gpu: tests, kernels, engine or all. It makes no .venv: PYTHON, by default python3, must have torch,
 #               triton, transformers, safetensors, peft, numpy and pytest, and see a CUDA device.
 
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 TINY := examples/tiny
 
-.PHONY: demo test check bench gpu tiny clean redis
+.PHONY: demo test chaos check bench gpu tiny clean redis
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test redis
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.installed-test redis
+	PYTHONPATH=. $(BIN)/python -m tests.chaos.long $(ARGS)
 
 # The tests of the queue start real servers. A service that Debian starts with the package would only be in their way;
 # policy-rc.d is how Debian is told so, and exit 101 means "not allowed".

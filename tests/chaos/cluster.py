@@ -211,6 +211,13 @@ class Cluster:
 
             self.until(f"{worker.name} ready", is_up, timeout_s)
 
+    def standby(self, **environment: str) -> Worker:
+        """A worker that is stopped before it takes anything, until `go_on`; all others are ready then."""
+        waiting = self.worker(**environment)
+        self.ready()
+        waiting.stop()
+        return waiting
+
     def submit(self, rows: Rows, store: JobStore | None = None, **ask: object) -> str:
         """The id of an accepted job of these rows."""
         store = store or self.store

@@ -95,6 +95,22 @@ class Chaos:
         self._later(seconds, proxy.heal)
         return f"partition of w{at} for {seconds:.1f} s" + (", its connections forgotten" if lose < 0.3 else "")
 
+    def slow_network(self) -> str:
+        at, seconds, delay_s = self.random.randrange(WORKERS), self.random.uniform(1, 8), self.random.uniform(0.01, 0.5)
+        proxy = self.proxies[at]
+        proxy.delay_s = delay_s
+
+        def end() -> None:
+            proxy.delay_s = 0.0
+
+        self._later(seconds, end)
+        return f"all that w{at} sends and gets takes {delay_s:.2f} s longer, for {seconds:.1f} s"
+
+    def reset_connections(self) -> str:
+        at = self.random.randrange(WORKERS)
+        self.proxies[at].reset()
+        return f"the connections of w{at} reset"
+
     def kill_clients(self) -> str:
         with suppress(redis.RedisError):
             self.server.cli("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -104,7 +120,7 @@ class Chaos:
         """One of them, at random."""
         faults: Sequence[Callable[[], str]] = (
             self.kill_worker, self.kill_worker, self.kill_engine, self.stop_worker, self.restart_redis, self.partition,
-            self.kill_clients,
+            self.kill_clients, self.reset_connections, self.slow_network,
         )  # fmt: skip
         do = self.random.choice(faults)
         said = do()
@@ -145,7 +161,7 @@ def run(folder: Path, *, seed: int, minutes: float, rows: int) -> None:
 
 def _job(chaos: Chaos, rows: int, until_s: float) -> None:
     cluster, wanted = chaos.cluster, rows_of(rows)
-    cluster.ran.unlink(missing_ok=True)
+    cluster.ran.write_bytes(b"")  # engines have it open
     before = digest(wanted.expected)
     job = _insist(lambda: cluster.submit(wanted))
     print(f"job {job}: {rows} rows, the digest must be {before}", flush=True)

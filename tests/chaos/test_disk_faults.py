@@ -63,13 +63,13 @@ def test_a_worker_that_cannot_write_its_results_leaves_them_to_others(cluster: C
     # It gives a shard back when its disk has been full for a while.
     times = {**SHORT_TIMES, "loramill.worker.shard_run:DISK_FULL_S": 0.3}
     poor = cluster.worker(chaos=Chaos(times=times, file_bytes=6000), **SLOW)
-    cluster.ready()
+    other = cluster.standby()
     job = cluster.submit(rows)
     cluster.until("a shard given back", lambda: poor.said("given back"))
     assert cluster.finished(job) == 0
     assert not _part_files(cluster.folder / "files")
     assert all(shard.attempts == 0 for shard in cluster.store.shards(job))
-    cluster.worker()
+    other.go_on()
     cluster.finish(job, rows)
 
 

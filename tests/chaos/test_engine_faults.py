@@ -45,12 +45,12 @@ def test_an_engine_that_hangs_is_killed_and_its_rows_run_again(cluster: Cluster)
 def test_the_shards_of_an_engine_that_hangs_go_to_another_worker(cluster: Cluster) -> None:
     rows = rows_of(160)
     worker = cluster.worker(**SLOW)
-    cluster.ready(worker)
+    other = cluster.standby()
     job = cluster.submit(rows)
     cluster.until("some rows finished", lambda: cluster.finished(job) >= 8)
     worker.send(signal.SIGSTOP, worker.engine())
     # Long before the worker gives its engine up (300 s): a lease is only renewed while the engine steps.
-    cluster.worker()
+    other.go_on()
     cluster.finish(job, rows)
     # Given back before the leases ran out, and no others taken meanwhile.
     assert worker.said("given back: the engine does not step")

@@ -1,15 +1,18 @@
 """The oracle finds every kind of wrong outcome, and nothing in a right one."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import orjson
 import pytest
 
+from loramill.schemas.job import JobNames, JobSpec, JobStatus
 from loramill.schemas.request import parse_line
 from loramill.schemas.response import Answer, Choice, Served, error_line, ok_line
 from loramill.store.packing import Chunk
-from loramill.store.records import DoneRow
-from tests.chaos.oracle import Expected, Wrong, check_chunks, check_files, digest
+from loramill.store.records import DoneRow, Job
+from tests.chaos.oracle import Expected, Wrong, check_chunks, check_files, check_job, digest
 
 BASE = "stub"
 HASHES = {None: None, "a00": "00" * 32, "a01": "01" * 32}
@@ -111,3 +114,16 @@ def test_rows_without_a_result_and_results_without_a_row_are_found() -> None:
         check_chunks([_chunk(*range(8))], 9)
     with pytest.raises(Wrong, match="nobody submitted"):
         check_chunks([_chunk(*range(9))], 8)
+
+
+def test_counts_that_are_not_those_of_the_rows_are_found() -> None:
+    spec = JobSpec(id="job", base_id="b", names=JobNames(base=BASE))
+    job = Job(spec, JobStatus.COMPLETED, 9, 8, 1, 0, 0, shards=2, shards_done=2, chunks=3, created_ms=0)
+    check_job(job, ROWS)
+    wrong: list[dict[str, Any]] = [
+        {"status": JobStatus.IN_PROGRESS}, {"total": 10}, {"completed": 9, "failed": 0}, {"completed": 9},
+        {"shards_done": 1},
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(Wrong, match="expected"):
+            check_job(replace(job, **change), ROWS)

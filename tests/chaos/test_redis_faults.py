@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,11 @@ def test_redis_that_forgets_is_a_loud_error_for_everybody(tmp_path: Path, server
             cluster.store.jobs()
         assert worker.wait(20) == 1
         assert worker.said("is not the store that it was")
-        for command in (["list"], ["status", job], ["wait", job, "--timeout", "5s"], ["results", job, "-o", "x.jsonl"]):
-            code, out, err = cluster.command(*command)
+        about = ("status", "watch", "cancel", "retry", "wait")
+        commands = [["list"], ["results", job, "-o", "x.jsonl"], *([name, job] for name in about)]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            ended = list(pool.map(lambda given: cluster.command(*given), commands))
+        for command, (code, out, err) in zip(commands, ended, strict=True):
             assert (code, out) == (1, ""), (command, err)
             assert "lost its data" in err
         assert not (tmp_path / "x.jsonl").exists()

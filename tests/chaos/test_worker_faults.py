@@ -24,14 +24,14 @@ def test_kill_9_loses_nothing_and_only_uncommitted_rows_run_again(cluster: Clust
         cluster.files = f"file://{cluster.folder}/files"
     rows = rows_of(150)
     victim = cluster.worker(chaos=_chaos_at(point, cluster.folder), **SLOW)
-    cluster.ready(victim)
+    other = cluster.standby()
     engine = victim.engine()
     job = cluster.submit(rows)
     assert victim.wait(30) == -signal.SIGKILL
     until("the engine dead with its worker", lambda: not is_alive(engine), 5)
     committed = cluster.committed(job)
     assert bool(committed) == (point is Point.AFTER_COMMIT)
-    cluster.worker(**SLOW)
+    other.go_on()
     outcome = cluster.finish(job, rows)
     again = {row for row, times in times_computed(cluster).items() if times > 1}
     assert not again & committed
@@ -41,25 +41,25 @@ def test_kill_9_loses_nothing_and_only_uncommitted_rows_run_again(cluster: Clust
 def test_a_worker_command_that_is_killed_takes_celery_and_the_engine_with_it(cluster: Cluster) -> None:
     rows = rows_of(150)
     victim = cluster.worker(form="command", **SLOW)
-    cluster.ready(victim)
+    other = cluster.standby()
     family = victim.family()
     assert len(family) == 3
     job = cluster.submit(rows)
     cluster.until("some rows finished", lambda: cluster.finished(job) >= 8)
     victim.send(signal.SIGKILL)
     until("all of it dead", lambda: not any(is_alive(pid) for pid in family), 5)
-    cluster.worker()
+    other.go_on()
     cluster.finish(job, rows)
 
 
 def test_a_commit_after_a_pause_beyond_the_lease_is_fenced(cluster: Cluster) -> None:
     rows = rows_of(150)
     paused = cluster.worker(chaos=_chaos_at(Point.MID_COMMIT, cluster.folder, "SIGSTOP"), **SLOW)
-    cluster.ready(paused)
+    other = cluster.standby()
     node = paused.node()
     job = cluster.submit(rows)
     cluster.until("the worker stopped amid a commit", lambda: is_stopped(node))
-    cluster.worker()
+    other.go_on()
     cluster.wait(job)
     before = cluster.store.job(job)
     paused.go_on()
@@ -67,7 +67,7 @@ def test_a_commit_after_a_pause_beyond_the_lease_is_fenced(cluster: Cluster) -> 
     assert cluster.store.job(job) == before
     assert cluster.finish(job, rows).committed_twice == 0
     # It goes on as before.
-    cluster.workers[1].end()
+    other.end()
     again = cluster.submit(rows)
     cluster.finish(again, rows)
 
@@ -75,7 +75,7 @@ def test_a_commit_after_a_pause_beyond_the_lease_is_fenced(cluster: Cluster) -> 
 def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(cluster: Cluster) -> None:
     rows = rows_of(120, special=dict.fromkeys(range(60, 120), "SLOW"))
     first = cluster.worker(**SLOW)
-    cluster.ready(first)
+    other = cluster.standby(STUB_SLOW_PASSES="2")
     job = cluster.submit(rows)
     cluster.until("some rows finished", lambda: cluster.finished(job) >= 8)
     assert cluster.leased(job)
@@ -87,8 +87,8 @@ def test_sigterm_gives_the_shard_back_within_ten_seconds_with_what_is_finished(c
     shards = cluster.store.shards(job)
     assert {shard.state for shard in shards} <= {ShardState.READY, ShardState.DONE}
     assert all(shard.attempts == 0 and not shard.suspects for shard in shards)
-    assert not cluster.store.workers()
-    cluster.worker(STUB_SLOW_PASSES="2")
+    assert not any(worker.id == first.name for worker in cluster.store.workers())
+    other.go_on()
     cluster.finish(job, rows)
     ran = times_computed(cluster)
     assert all(ran[row] == 1 for row in committed)
