@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
-from loramill.producer.durations import seconds_of
 from loramill.producer.interrupts import held
-from loramill.producer.store_options import STORE_FLAGS, StoreOptions
+from loramill.producer.store_options import StoreOptions
 from loramill.schemas.failures import ExitCode
+from loramill.worker.durations import seconds_of
 from loramill.worker.settings import ADAPTER_FLAGS, ALLOW_NOOP, DEVICE, FILE, MAX_RANK, POSITIVE, flag, flagged
+from loramill.worker.worker_settings import STORE_FLAGS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _JSON = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from loramill.producer.durations import in_words as time_in_words
 from loramill.producer.offers import able
 from loramill.producer.outcomes import as_data, in_words, why_refused
 from loramill.schemas.errors import printable
 from loramill.schemas.job import JobStatus
 from loramill.store.contract import JobStore
 from loramill.store.records import Event, Job, ShardInfo, ShardState, WorkerRecord
+from loramill.worker.durations import in_words as time_in_words
 
 LOOK_S = 1.0
 """Between the two looks that say how fast a running job is."""

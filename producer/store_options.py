@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loramill.schemas.failures import ExitCode, Failure
-from loramill.store.contract import JobStore
 from loramill.store.errors import JobNotFound, StoreError
-from loramill.worker.settings import flag
+
+if TYPE_CHECKING:
+    from loramill.store.contract import JobStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +22,6 @@ class StoreOptions:
     files: str | None = None
     """Where rows and results are, if not in the store itself."""
     store_prefix: str = "loramill"
-
-
-STORE_FLAGS = [
-    flag("--store", metavar="URL", help="Where jobs are: redis://host:6379/0 or sqlite:///path."),
-    flag("--files", metavar="URL",
-         help="A folder for rows and results (file://, s3://, ...).  [default: in the store itself]"),
-    flag("--store-prefix", default="loramill", metavar="NAME", help="What every key in Redis begins with."),
-]  # fmt: skip
 
 
 @contextmanager

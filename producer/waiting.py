@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
-from loramill.producer.durations import in_words
 from loramill.producer.outcomes import in_words as said_of
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreLost, StoreUnreachable
 from loramill.store.packing import Chunk
 from loramill.store.records import Job
+from loramill.worker.durations import in_words
 
 LEAST_S = 0.2
 MOST_S = 2.0

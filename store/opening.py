@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from loramill.store.contract import LEASE_S, RETENTION_S, JobStore
 from loramill.store.part_files import Files
@@ -44,7 +44,8 @@ def open_store(
         raise ValueError(f"{_named(url)} names no host: give a URL such as redis://host:6379/0")
     from loramill.store.redis_store import RedisStore
 
-    plain = urlunsplit(urlsplit(url)._replace(query=urlencode(options)))
+    # Not by urlunsplit, which takes the slashes of unix:///path for nothing.
+    plain = url.partition("?")[0] + (f"?{urlencode(options)}" if options else "")
     return RedisStore(
         plain,
         files=_files(files),

@@ -173,10 +173,11 @@ def _give_back(db: sqlite3.Connection, job: str, number: int, now_ms: int, *, lo
     jobs.settle(db, job, now_ms)
 
 
-def reap_leases(db: sqlite3.Connection, now_ms: int) -> int:
-    """Takes back those that have run out; how many."""
+def reap_leases(db: sqlite3.Connection, now_ms: int, *, all_of_them: bool = False) -> int:
+    """Takes back those that have run out, or all; how many."""
     lost = db.execute(
-        "SELECT job, number FROM shards WHERE state = 'leased' AND deadline_ms < ? ORDER BY job, number", (now_ms,)
+        "SELECT job, number FROM shards WHERE state = 'leased' AND (? OR deadline_ms < ?) ORDER BY job, number",
+        (all_of_them, now_ms),
     ).fetchall()
     for job, number in lost:
         _give_back(db, job, number, now_ms, lost=True)

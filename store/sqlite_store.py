@@ -75,7 +75,8 @@ class SqliteStore(JobStore):
     def accept(self, job_id: str) -> Job:
         with self._database.write() as db:
             now_ms = self._now_ms()
-            jobs.accept(db, jobs.staged(db, job_id, now_ms), now_ms)
+            if not _is(db, job_id, "accepted_ms IS NOT NULL"):
+                jobs.accept(db, jobs.staged(db, job_id, now_ms), now_ms)
             return jobs.find(db, job_id)
 
     def refuse(self, job_id: str, errors: Sequence[JobError]) -> Job:
@@ -186,6 +187,11 @@ class SqliteStore(JobStore):
             # Only now: its submit may have come back to life until it was gone.
             self._remove_files(job_id)
         return Reaped(lost, len(late), len(abandoned), len(purged))
+
+    def take_back(self) -> int:
+        """Takes back every lease, run out or not; how many. For whoever knows that no worker is left."""
+        with self._database.write() as db:
+            return queue.reap_leases(db, self._now_ms(), all_of_them=True)
 
     def ready(self) -> Mapping[str, int]:
         with self._database.read() as db:

@@ -125,10 +125,12 @@ class _Child:
                 self._runner.emit_all()
                 raise
             self._steps += 1
-        for key in [key for key, shard in self._shards.items() if not self._runner.holds(shard)]:
+        ended = [key for key, shard in self._shards.items() if not self._runner.holds(shard)]
+        for key in ended:
             del self._shards[key]
             write_frame(self._out, Kind.END, key=key)
-        self._beat()
+        # Whoever wants to know what a job came to need not wait for a beat.
+        self._beat(at_once=bool(ended) and not self._shards)
 
     def _take_frames(self) -> None:
         """Everything that is there; when there is nothing to run, waits for it until the next beat."""
@@ -181,8 +183,8 @@ class _Child:
         """A queue serves statically what can be served no other way."""
         return mix[0][0] in self._alone
 
-    def _beat(self) -> None:
-        if time.monotonic() - self._beat_at_s < BEAT_S:
+    def _beat(self, *, at_once: bool = False) -> None:
+        if not at_once and time.monotonic() - self._beat_at_s < BEAT_S:
             return
         self._beat_at_s = time.monotonic()
         served, busy = self._served, self._runner.has_work

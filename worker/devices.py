@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,23 +30,23 @@ class Device:
     """In which it sees this device alone."""
 
 
-def take_devices(wanted: str) -> list[Device]:
+def take_devices(wanted: str, flag: str = "--device") -> list[Device]:
     """The devices of `--device`: `auto` (a GPU where there is one), `cpu`, `cuda` (one that is free), `cuda:N`, `all`.
 
-    Raises Failure: USAGE for what is no device, MACHINE if there is none, or another worker has it.
+    Raises Failure: USAGE for what is no device, MACHINE if there is none, or another process has it.
     """
     numbered = _NUMBERED.fullmatch(wanted)
     if wanted not in ("auto", "cpu", "cuda", "all") and not numbered:
-        raise Failure(ExitCode.USAGE, f"--device {wanted}: it is auto, cpu, cuda, cuda:N (N from 0) or all")
+        raise Failure(ExitCode.USAGE, f"{flag} {wanted}: it is auto, cpu, cuda, cuda:N (N from 0) or all")
     if wanted == "cpu":
         return [Device("cpu", "cpu")]
     gpus = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), listed())
     if not gpus:
         if wanted == "auto":
             return [Device("auto", "auto")]  # what is not Nvidia's, torch finds by itself
-        raise Failure(ExitCode.MACHINE, f"--device {wanted}: there is no GPU here")
+        raise Failure(ExitCode.MACHINE, f"{flag} {wanted}: there is no GPU here")
     if numbered and int(numbered[1]) >= len(gpus):
-        raise Failure(ExitCode.MACHINE, f"--device {wanted}: there are {len(gpus)} GPUs here, cuda:0 is the first")
+        raise Failure(ExitCode.MACHINE, f"{flag} {wanted}: there are {len(gpus)} GPUs here, cuda:0 is the first")
     taken: list[Device] = []
     for number in [int(numbered[1])] if numbered else range(len(gpus)):
         if _lock(gpus[number]):
@@ -54,8 +55,32 @@ def take_devices(wanted: str) -> list[Device]:
                 break
     if not taken:
         which = wanted if numbered else f"{len(gpus)} of {len(gpus)} GPUs"
-        raise Failure(ExitCode.MACHINE, f"--device {wanted}: other workers of this machine have {which}")
+        raise Failure(ExitCode.MACHINE, f"{flag} {wanted}: other workers of this machine have {which}")
     return taken
+
+
+def names_of(wanted: str, flag: str) -> list[str]:
+    """The names in `all`, or in a list of `cuda:N` and `cpu` with commas between. Raises Failure (USAGE)."""
+    names = [name.strip() for name in wanted.split(",")]
+    if names != ["all"] and not all(name == "cpu" or _NUMBERED.fullmatch(name) for name in names):
+        raise Failure(ExitCode.USAGE, f"{flag} {wanted}: it is all, or some of cuda:N (N from 0) and cpu with commas")
+    for name in names:
+        if name != "cpu" and names.count(name) > 1:
+            raise Failure(ExitCode.USAGE, f"{flag} {wanted}: {name} is there twice")
+    return names
+
+
+def take_each(wanted: str, flag: str) -> list[Device]:
+    """A device for each of `names_of`, for `all` every GPU that no other process has; those on the CPU have equal
+    parts of its cores. Raises Failure like it, and like `take_devices`."""
+    names = names_of(wanted, flag)
+    devices = [device for name in names if name != "cpu" for device in take_devices(name, flag)]
+    count = names.count("cpu")
+    ours = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = max(1, ours // max(1, count))
+    # Where the operator has said how many threads there are to be, he has said it.
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
+    return devices + [Device(f"cpu:{number}", "cpu", threads) for number in range(count)]
 
 
 def count_devices(wanted: str) -> int:

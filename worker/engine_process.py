@@ -46,11 +46,13 @@ class EngineProcess:
     def __init__(self, options: ModelOptions, device: Device, hang_timeout_s: float) -> None:
         self.device = device
         self.name = device.name
-        """As the child calls its device, once it is ready."""
+        """Of `auto`, what the child says that it is once it is ready."""
         self.manifest: Manifest | None = None
         self.blobs: Mapping[str, bytes] = {}
         self.resident: tuple[str, ...] = ()
         """Keys of the adapters in its slots."""
+        self.stats: Mapping[str, Any] = {}
+        """What the child counted, EngineStats as plain values; {} before its first beat."""
         self.restarts = 0
         self.progress = 0
         """Grows while the engine steps, or has nothing to do."""
@@ -206,13 +208,14 @@ class EngineProcess:
         said = frame.fields
         with self._lock:
             if frame.kind is Kind.READY:
-                self.name, self.resident = said["device"], tuple(said["resident"])
+                self.name = said["device"] if self.device.option == "auto" else self.name
+                self.resident = tuple(said["resident"])
                 self._steps, self._ready_at_s = -1, time.monotonic()
                 self.progress += 1
             elif frame.kind is Kind.BEAT:
                 if said["steps"] != self._steps or not said["busy"]:
                     self.progress += 1
-                self._steps, self.resident = said["steps"], tuple(said["resident"])
+                self._steps, self.resident, self.stats = said["steps"], tuple(said["resident"]), said["stats"]
             elif frame.kind is Kind.RUNNING:
                 for key, position in said["started"]:
                     self._running.setdefault(key, set()).add(position)
@@ -233,7 +236,9 @@ class EngineProcess:
         with self._lock:
             child, self._child, self._ready_at_s = self._child, None, None
             handles, self._handles = self._handles, {}
-            running, self._running = self._running, {}
+            # One that was ended on purpose has nobody to blame.
+            running = {key: set[int]() for key in handles} if self._closing.is_set() else self._running
+            self._running = {}
             self._jobs.clear()
             lone = self._died_alone = self._alone and sum(len(positions) for positions in running.values()) == 1
         for key, handle in handles.items():

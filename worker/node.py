@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -41,7 +42,9 @@ class Node:
         """Why the worker cannot go on."""
         self.published: set[str] = set()
         """Ids of the engines' manifests that the store has: what can be claimed under."""
-        self.rows_done = self.shards_done = 0
+        self.rows: Counter[EngineProcess] = Counter()
+        """Rows that each engine did, as far as their shards have left it."""
+        self.shards_done = 0
         self.tickets = 0
         """How often `work` was called."""
         self._load: Counter[EngineProcess] = Counter()
@@ -54,6 +57,11 @@ class Node:
         for engine in self.engines:
             engine.start()
         threading.Thread(target=self.leases.keep, args=(self._closed,), daemon=True).start()
+
+    @property
+    def rows_done(self) -> int:
+        """By all engines."""
+        return self.rows.total()
 
     @property
     def idle(self) -> bool:
@@ -96,16 +104,18 @@ class Node:
                 run.run(self.leases)
             finally:
                 with self._lock:
-                    self.rows_done += run.rows_done
+                    self.rows[engine] += run.rows_done
                     self.shards_done += 1
             return True
 
     @contextmanager
     def _engine(self) -> Iterator[EngineProcess | None]:
-        """The engine with the fewest shards, once one is ready; None if the worker is to end before."""
+        """The engine with the fewest shards, once one is ready; None if the worker is to end before. Of several
+        none gets more than its part: what the others are to have is not for the one that was ready first."""
         while not (self.drain.asked or self.failure):
             with self._lock:
-                able = [engine for engine in self.engines if self._can(engine)]
+                most = self.options.concurrency if len(self.engines) > 1 else math.inf
+                able = [engine for engine in self.engines if self._can(engine) and self._load[engine] < most]
                 if able:
                     chosen = min(able, key=lambda engine: self._load[engine])
                     self._load[chosen] += 1

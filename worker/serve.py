@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from loramill.schemas.failures import ExitCode
@@ -15,6 +16,55 @@ from loramill.worker.worker_settings import WorkerOptions
 
 POLL_S = 0.5
 LOOK_S = 0.1
+CLOSE_S = 2.0
+"""For threads to hear that their engines are gone."""
+
+
+class Crew:
+    """A node at work: its housekeeping, and as many threads as its engines take shards."""
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._housekeeping = node, Housekeeping(node)
+        count = node.options.concurrency * len(node.engines)
+        self._threads = [threading.Thread(target=self._poll, daemon=True) for _ in range(count)]
+
+    def start(self) -> None:
+        """Begins loading, and taking shards."""
+        self._node.start()
+        self._housekeeping.start()
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def code(self) -> int | None:
+        """The worker's exit code once it is to end by itself."""
+        return self._housekeeping.code
+
+    def drain(self, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Takes nothing more, and waits for what runs as long as the drain lets it, or until `hurried`."""
+        self._node.drain.ask()
+        while self._works and not self._node.drain.over and not hurried():
+            time.sleep(LOOK_S)
+
+    def close(self) -> None:
+        """Ends it all. What is not committed by now is given back."""
+        self._node.drain.ask()
+        self._housekeeping.stop()
+        for engine in self._node.engines:
+            engine.close()
+        until_s = time.monotonic() + CLOSE_S
+        while self._works and time.monotonic() < until_s:
+            time.sleep(LOOK_S)
+        self._node.close()
+
+    @property
+    def _works(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def _poll(self) -> None:
+        while not self._node.drain.asked:
+            if not self._node.work():
+                self._node.drain.wait(POLL_S)
 
 
 class _Asked:
@@ -33,26 +83,12 @@ def serve(options: WorkerOptions) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
     node = open_node(options)
-    housekeeping = Housekeeping(node)
-    count = options.concurrency * len(node.engines)
-    threads = [threading.Thread(target=_poll, args=(node,), daemon=True) for _ in range(count)]
-    node.start()
-    housekeeping.start()
-    for thread in threads:
-        thread.start()
-    while housekeeping.code is None and not asked.times:
+    crew = Crew(node)
+    crew.start()
+    while crew.code is None and not asked.times:
         time.sleep(LOOK_S)
     if asked.times:
         log(f"worker {node.name}: finishing the rows that run; once more to stop at once")
-    node.drain.ask()
-    while any(thread.is_alive() for thread in threads) and not node.drain.over and asked.times < 2:
-        time.sleep(LOOK_S)
-    housekeeping.stop()
-    node.close()
-    return int(ExitCode.INTERRUPTED) if asked.times > 1 else housekeeping.code or 0
-
-
-def _poll(node: Node) -> None:
-    while not node.drain.asked:
-        if not node.work():
-            node.drain.wait(POLL_S)
+    crew.drain(hurried=lambda: asked.times > 1)
+    crew.close()
+    return int(ExitCode.INTERRUPTED) if asked.times > 1 else crew.code or 0

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_listeners: list[Callable[[str], None]] = []
 
 
 def line_of(event: str) -> str:
@@ -12,12 +16,24 @@ def line_of(event: str) -> str:
 
 
 def log(event: str) -> None:
-    """Says it, with the time."""
+    """Says it, with the time; or tells whoever listens."""
+    if _listeners:
+        return _listeners[-1](" ".join(event.split()))
     # One write, so that lines of several threads do not mix; __stderr__, since Celery may have replaced stderr.
     out = sys.__stderr__
     if out is not None:
         out.write(line_of(event) + "\n")
         out.flush()
+
+
+@contextmanager
+def heard_by(listener: Callable[[str], None]) -> Iterator[None]:
+    """Within this block events go there, and not to standard error."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 _SELDOM_S = 10.0

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import click
-
+from loramill.worker.durations import seconds_of
 from loramill.worker.settings import DEVICE, MODEL_FLAGS, POSITIVE, ModelOptions, flag, settings_from
 
 LIFELINE = "LORAMILL_LIFELINE"
 """Set by whoever starts a worker and wants it to end with himself: a file descriptor, of a pipe that he holds open."""
 AGAIN = 75
 """The exit code of a worker that should be started again (EX_TEMPFAIL)."""
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,30 +39,22 @@ class WorkerOptions(ModelOptions):
         return self.worker_id or f"{socket.gethostname()}-{os.getpid()}"
 
 
-def duration(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """Seconds of `90`, `90s`, `5m` or `1.5h`."""
-    found = _DURATION.fullmatch(value.strip().lower())
-    if found is None or not float(found[1]):
-        raise click.BadParameter(f"{value!r} is not a time: write it like 90, 90s, 5m or 1.5h", ctx, param)
-    return float(found[1]) * _SECONDS[found[2]]
-
-
-STORE = flag("--store", required=True, metavar="URL",
-             help="Where jobs are: redis://HOST:PORT/DB, rediss://, unix://, or sqlite:///PATH.")  # fmt: skip
-FILES = flag(
-    "--files", metavar="URL", help="Where rows and results are as files: file://, s3://, ...; else in the store."
-)
-PREFIX = flag("--store-prefix", default="loramill", metavar="NAME", help="What the store's keys begin with (Redis).")
+_STORE = {"metavar": "URL", "help": "Where jobs are: redis://HOST:PORT/DB, rediss://, unix://, or sqlite:///PATH."}
+FILES = flag("--files", metavar="URL",
+             help="A folder for rows and results: file://, s3://, ...  [default: in the store itself]")  # fmt: skip
+PREFIX = flag("--store-prefix", default="loramill", metavar="NAME", help="What every key in Redis begins with.")
+STORE_FLAGS = [flag("--store", **_STORE), FILES, PREFIX]
+"""Of commands, which say by themselves that a store is missing."""
 BROKER = flag("--broker", metavar="URL", help="Where tickets are.  [default: the store's Redis]")
 
 WORKER_FLAGS = [
-    STORE, FILES, PREFIX, BROKER,
+    flag("--store", required=True, **_STORE), FILES, PREFIX, BROKER,
     flag("--concurrency", type=POSITIVE, default=4, help="Shards at a time in one engine."),
-    flag("--lease", dest="lease_s", callback=duration, default="30", metavar="TIME",
+    flag("--lease", dest="lease_s", callback=seconds_of, default="30", metavar="TIME",
          help="Shards of a worker that is silent for so long go to others."),
-    flag("--hang-timeout", dest="hang_timeout_s", callback=duration, default="300", metavar="TIME",
+    flag("--hang-timeout", dest="hang_timeout_s", callback=seconds_of, default="300", metavar="TIME",
          help="An engine that is busy for so long without a step is killed."),
-    flag("--watchdog", dest="watchdog_s", callback=duration, default="60", metavar="TIME",
+    flag("--watchdog", dest="watchdog_s", callback=seconds_of, default="60", metavar="TIME",
          help="A worker that gets no ticket for so long while shards wait ends with code 75, to be started again."),
     flag("--until-empty", is_flag=True, help="End when no job has rows left."),
     flag("--id", dest="worker_id", metavar="NAME",

@@ -117,6 +117,8 @@ class Model(JobStore):
         self._count(job, chunk, set(), entry)
 
     def accept(self, job_id: str) -> Job:
+        if job_id in self._jobs and self._jobs[job_id].accepted_ms is not None:
+            return self.job(job_id)
         job = self._staged(job_id)
         job.status, job.accepted_ms = JobStatus.IN_PROGRESS, self._now
         if job.spec.window_s is not None:

@@ -68,6 +68,16 @@ def test_nothing_is_added_to_what_is_not_staged(place: Place) -> None:
         assert store.job("accepted").total == 4
 
 
+def test_accepting_again_changes_nothing(place: Place) -> None:
+    """Whoever did not hear that it was accepted asks once more."""
+    with place.open() as store:
+        submitted(store, "j", a_shard())
+        job, ready = store.job("j"), store.ready()
+        place.clock.advance(5)
+        assert store.accept("j") == job
+        assert store.ready() == ready
+
+
 def test_a_job_without_shards_is_completed_by_its_acceptance(place: Place) -> None:
     with place.open() as store:
         store.stage(a_spec("j"))

@@ -18,14 +18,16 @@ ROOMS = ("schemas", "kernels", "store", "worker", "producer")
 # Beyond the standard library, numpy, the room itself and the package's version.
 PACKAGE = {"loramill", "loramill.__version__"}
 ENGINE = {"loramill.kernels", "torch", "transformers", "safetensors"}
-SETTINGS = {f"loramill.worker.{name}" for name in ("settings", "specs", "adapters_file", "worker_settings")}
+SETTINGS = {
+    f"loramill.worker.{name}" for name in ("settings", "specs", "adapters_file", "worker_settings", "durations")
+}
 QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
         *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
-        *("worker_settings", "worker_log", "child", "engine_process", "handle", "manifest", "frames"),
+        *("worker_settings", "durations", "worker_log", "child", "engine_process", "handle", "manifest", "frames"),
     )
 }
 ALLOWED = {

@@ -59,7 +59,7 @@ def test_a_job_is_done_and_the_worker_is_seen(opening: Opening) -> None:
     with working(opening()):
         until(ended(store))
         [seen] = store.workers()
-        assert (seen.id, seen.state, seen.device) == ("here", "ready", "stub")
+        assert (seen.id, seen.state, seen.device) == ("here", "ready", "cpu")
         [offered] = store.manifests()
         assert seen.manifest == offered.id
         assert all(store.has_blob(sha) for files in offered.tokenizers.values() for sha in files.values())

@@ -42,7 +42,7 @@ def test_a_worker_has_a_name() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
-    [("LEASE", "0", "not a time"), ("LEASE", "-1", "not a time"), ("CONCURRENCY", "0", "not in the range")],
+    [("LEASE", "0", "not above 0"), ("LEASE", "-1", "not a time"), ("CONCURRENCY", "0", "not in the range")],
 )
 def test_what_is_no_setting(variable: str, value: str, says: str) -> None:
     environ = {"LORAMILL_STORE": "s", "LORAMILL_BASE_MODEL": "b", f"LORAMILL_{variable}": value}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.producer.durations import LONGEST_S, in_words, parse_duration
+from loramill.worker.durations import LONGEST_S, in_words, parse_duration
 
 
 @pytest.mark.parametrize(
