@@ -11,7 +11,8 @@ import pytest
 from loramill.schemas.job import JobStatus
 from loramill.store.errors import JobNotFound, StoreFull, StoreLost
 from loramill.worker.tickets import make_app, queue_of, top_up
-from tests.chaos.cluster import BASE, Cluster, rows_of, times_computed
+from tests.chaos.cluster import Cluster, times_computed
+from tests.chaos.rows import BASE, rows_of
 from tests.servers import RedisServer
 
 SLOW = {"STUB_STEP_S": "0.1", "STUB_SEQS": "8"}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.cluster import SHORT_TIMES, Cluster, rows_of, times_computed
+from tests.chaos.cluster import SHORT_TIMES, Cluster, times_computed
 from tests.chaos.hooks import Chaos, Point
+from tests.chaos.rows import rows_of
 
 SLOW = {"STUB_STEP_S": "0.05", "STUB_SEQS": "8"}
 
