@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
-
-import orjson
 
 from loramill.producer.ask import Ask
 from loramill.producer.reader import open_input
@@ -29,14 +25,11 @@ from loramill.store.opening import open_store
 from loramill.store.records import Job, ShardInfo, ShardState, WorkerRecord
 from tests.chaos import oracle
 from tests.chaos.hooks import Chaos
-from tests.chaos.oracle import Expected
-from tests.chaos.processes import Process, command_of, is_alive, is_stopped, until
-from tests.stub_engine import manifest
+from tests.chaos.processes import until
+from tests.chaos.rows import BASE, HASHES, Rows, id_of
+from tests.chaos.worker import Worker
 
 ROOT = Path(__file__).parents[2]
-BASE = "stub"
-HASHES: dict[str | None, str | None] = {None: None} | {one.name: one.sha256 for one in manifest()[0].adapters}
-
 LEASE_S = 2.0
 SHORT_TIMES = {
     "loramill.store.contract:WORKER_TTL_S": 4.0,
@@ -52,92 +45,6 @@ SHORT_TIMES = {
 here. An engine starts again soon."""
 
 Form = Literal["celery", "command"]
-
-
-@dataclass(slots=True, frozen=True)
-class Rows:
-    """A job's input lines, and what they must come to."""
-
-    lines: list[bytes] = field(default_factory=list)
-    expected: list[Expected] = field(default_factory=list)
-
-
-def id_of(number: int) -> str:
-    """Of the row with this number."""
-    return f"r{number:05}"
-
-
-def rows_of(
-    count: int,
-    adapters: Sequence[str | None] = (None, "a00", "a01", "a02", "a03"),
-    special: Mapping[int, str] | None = None,
-    failing: Mapping[int, str] | None = None,
-) -> Rows:
-    """`count` rows that go round `adapters`. `special`: words for the stub in the prompt of some rows; `failing`: the
-    error codes with which some must fail."""
-    special, failing, made = special or {}, failing or {}, Rows()
-    for number in range(count):
-        adapter = adapters[number % len(adapters)]
-        prompt = f"row {number} {special[number]}" if number in special else f"row {number}"
-        line: dict[str, object] = {"id": id_of(number), "prompt": prompt, "max_tokens": 4, "temperature": 0}
-        made.lines.append(orjson.dumps(line | ({"adapter": adapter} if adapter else {})))
-        if number in failing:
-            made.expected.append(Expected(id_of(number), adapter, "", 500, failing[number]))
-        else:
-            made.expected.append(Expected(id_of(number), adapter, f"{adapter or BASE} ok:{prompt}"))
-    return made
-
-
-class Worker(Process):
-    """A worker process with its engine child."""
-
-    def pids(self) -> tuple[int, int] | None:
-        """The process that feeds the engine, and the engine; None while there is none."""
-        family = self.family()
-        engine = next((pid for pid in family if "tests.chaos.child" in command_of(pid)), None)
-        if engine is None:
-            return None
-        return int(Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[1]), engine
-
-    def node(self) -> int:
-        """The process that feeds the engine."""
-        until(f"an engine of {self.name}", self.pids)
-        found = self.pids()
-        assert found is not None
-        return found[0]
-
-    def engine(self) -> int:
-        """The engine child."""
-        until(f"an engine of {self.name}", self.pids)
-        found = self.pids()
-        assert found is not None
-        return found[1]
-
-    def kill(self) -> None:
-        """kill -9 of all but the engine, which has to notice by itself."""
-        engines = [pid for pid in self.family() if "tests.chaos.child" in command_of(pid)]
-        for pid in self.family():
-            if pid not in engines:
-                self.send(signal.SIGKILL, pid)
-        self._popen.wait(10)
-        until(f"the engine of {self.name} dead", lambda: not any(is_alive(pid) for pid in engines), 5)
-
-    def stop(self) -> None:
-        """SIGSTOP, as when the machine sleeps: the engine too."""
-        for pid in self.family():
-            self.send(signal.SIGSTOP, pid)
-        until(f"{self.name} stopped", lambda: all(is_stopped(pid) for pid in self.family()), 5)
-
-    def go_on(self) -> None:
-        """SIGCONT."""
-        for pid in self.family():
-            self.send(signal.SIGCONT, pid)
-
-    def term(self, timeout_s: float = 15.0) -> tuple[int, float]:
-        """SIGTERM: its exit code, and after how many seconds."""
-        begun_s = time.monotonic()
-        self.send(signal.SIGTERM)
-        return self.wait(timeout_s), time.monotonic() - begun_s
 
 
 class Cluster:

@@ -25,7 +25,6 @@ class Point(StrEnum):
     """Where a worker is when it gets a signal."""
 
     AFTER_CLAIM = "after-claim"
-    BEFORE_COMMIT = "before-commit"
     MID_COMMIT = "mid-commit"
     """The results are on their way: in a part file, if there are files; the store does not speak of them."""
     AFTER_COMMIT = "after-commit"
@@ -105,7 +104,6 @@ def _signal_at(point: Point, which: signal.Signals, once: Path) -> None:
         begin(self, files)
         for name, before, after in (
             ("claim", None, Point.AFTER_CLAIM),
-            ("commit", Point.BEFORE_COMMIT, None),
             ("_commit", Point.MID_COMMIT, Point.AFTER_COMMIT),
         ):
             setattr(self, name, around(getattr(self, name), before, after))

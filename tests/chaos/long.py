@@ -19,10 +19,12 @@ from typing import TypeVar
 import redis
 
 from loramill.store.errors import StoreError
-from tests.chaos.cluster import LEASE_S, Cluster, Worker, rows_of, times_computed
+from tests.chaos.cluster import LEASE_S, Cluster, times_computed
 from tests.chaos.oracle import digest
 from tests.chaos.processes import is_alive
 from tests.chaos.proxy import Proxy
+from tests.chaos.rows import rows_of
+from tests.chaos.worker import Worker
 from tests.servers import RedisServer
 
 WORKERS = 4

@@ -4,9 +4,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from tests.chaos.cluster import Cluster, rows_of
+from tests.chaos.cluster import Cluster
 from tests.chaos.hooks import Chaos
 from tests.chaos.oracle import Found
+from tests.chaos.rows import rows_of
 
 REAL = {"LORAMILL_CHILD": "", "LORAMILL_LEASE": "30s", "LORAMILL_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
 

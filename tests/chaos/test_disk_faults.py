@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from loramill.store.errors import JobNotFound, StoreFull
-from tests.chaos.cluster import SHORT_TIMES, Cluster, rows_of
+from tests.chaos.cluster import SHORT_TIMES, Cluster
 from tests.chaos.hooks import Chaos
+from tests.chaos.rows import rows_of
 
 SLOW = {"STUB_STEP_S": "0.1", "STUB_SEQS": "8"}
 

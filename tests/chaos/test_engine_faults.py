@@ -2,8 +2,9 @@
 
 import signal
 
-from tests.chaos.cluster import LEASE_S, Cluster, rows_of, times_computed
+from tests.chaos.cluster import LEASE_S, Cluster, times_computed
 from tests.chaos.processes import is_alive
+from tests.chaos.rows import rows_of
 
 SLOW = {"STUB_STEP_S": "0.05", "STUB_SEQS": "8"}
 HANG = {"LORAMILL_HANG_TIMEOUT": "2s"}

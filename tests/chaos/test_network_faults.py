@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos.cluster import LEASE_S, Cluster, Form, Worker, rows_of, times_computed
+from tests.chaos.cluster import LEASE_S, Cluster, Form, times_computed
 from tests.chaos.proxy import Proxy
+from tests.chaos.rows import rows_of
+from tests.chaos.worker import Worker
 from tests.servers import RedisServer
 
 SLOW = {"STUB_STEP_S": "0.1", "STUB_SEQS": "8"}

@@ -11,7 +11,8 @@ import pytest
 from loramill.schemas.job import JobStatus
 from loramill.store.errors import JobNotFound, StoreFull, StoreLost
 from loramill.worker.tickets import make_app, queue_of, top_up
-from tests.chaos.cluster import BASE, Cluster, rows_of, times_computed
+from tests.chaos.cluster import Cluster, times_computed
+from tests.chaos.rows import BASE, rows_of
 from tests.servers import RedisServer
 
 SLOW = {"STUB_STEP_S": "0.1", "STUB_SEQS": "8"}
@@ -139,7 +140,7 @@ def test_redis_without_memory_refuses_submits_whole_and_lets_running_jobs_wait(
         assert code == 1
         assert "takes nothing more" in err
         assert redis.cli("DBSIZE") <= keys
-        time.sleep(2)
+        time.sleep(1)
         assert cluster.finished(job) == before
         assert cluster.store.job(job).status is JobStatus.IN_PROGRESS
         redis.cli("CONFIG", "SET", "maxmemory", "0")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.cluster import SHORT_TIMES, Cluster, rows_of, times_computed
+from tests.chaos.cluster import SHORT_TIMES, Cluster, times_computed
 from tests.chaos.hooks import Chaos, Point
+from tests.chaos.rows import rows_of
 
 SLOW = {"STUB_STEP_S": "0.05", "STUB_SEQS": "8"}
 
@@ -23,10 +24,10 @@ def test_a_worker_that_is_killed_amid_a_commit_loses_nothing(embedded: Cluster) 
     rows = rows_of(200)
     chaos = Chaos(times=SHORT_TIMES, at=Point.AFTER_COMMIT, once=str(embedded.folder / "once"))
     victim = embedded.worker(form="command", chaos=chaos, **SLOW)
-    other = embedded.worker(form="command", **SLOW)
     embedded.ready()
     job = embedded.submit(rows)
     assert victim.wait(30) == -signal.SIGKILL
+    other = embedded.worker(form="command", **SLOW)
     assert embedded.finish(job, rows).committed_twice == 0
     assert max(times_computed(embedded).values()) <= 2
     code, took_s = other.term()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from loramill.store.records import ShardState
-from tests.chaos.cluster import LEASE_S, SHORT_TIMES, Cluster, rows_of, times_computed
+from tests.chaos.cluster import LEASE_S, SHORT_TIMES, Cluster, times_computed
 from tests.chaos.hooks import Chaos, Point
 from tests.chaos.processes import is_alive, is_stopped, until
+from tests.chaos.rows import rows_of
 
 SLOW = {"STUB_STEP_S": "0.05", "STUB_SEQS": "8"}
 
