@@ -93,14 +93,10 @@ class OnDevices:
             node = Node(options, own, engines)
             began_s = time.monotonic()
             ready_s = self._run(node, own, interrupts)
+        summary.load_s, summary.run_s = ready_s - began_s, max(time.monotonic() - ready_s, 0.001)
         self._look()
-        summary.load_s, summary.run_s = ready_s - began_s, time.monotonic() - ready_s
         summary.rows_by_device = {engine.device.name: node.rows[engine] for engine in engines}
-        counted = _together(engine.stats for engine in engines)
-        totals = self.totals()
-        counted["prompt_tokens"] = totals.prompt_tokens - queued.prompt_tokens
-        counted["completion_tokens"] = totals.completion_tokens - queued.completion_tokens
-        summary.count(counted, list(plan.decisions.values()))
+        summary.count(_together(engine.stats for engine in engines), list(plan.decisions.values()))
 
     def publish(self) -> None:
         """From the queue. Once the journal is gone the files are the run's, and what is left of the queue nobody's."""
@@ -205,7 +201,7 @@ class OnDevices:
 
 
 def _together(stats: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counters of all engines, summed up."""
+    """The counters of all engines, summed up; those of one that died began again."""
 
     def add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from loramill.schemas.manifest import Manifest
 from loramill.store.errors import StoreError, StoreFull, StoreLost, StoreRefused
 from loramill.store.packing import Chunk
-from loramill.store.records import Committed, Lease
+from loramill.store.records import Claim, Committed, Lease
 from loramill.store.sqlite_store import SqliteStore
 
 LEASE_S = 3600.0
@@ -22,11 +25,28 @@ class RunQueue(SqliteStore):
         """Raises StoreError."""
         super().__init__(path, create=create, lease_s=LEASE_S, retention_s=RETENTION_S)
         self.broken: StoreError | None = None
-        """Why rows cannot be committed."""
+        """Why nothing can be written any more."""
+
+    def put_blob(self, data: bytes) -> str:
+        with self._noting():
+            return super().put_blob(data)
+
+    def publish(self, manifest: Manifest) -> None:
+        with self._noting():
+            super().publish(manifest)
+
+    def claim(self, worker: str, manifest: str, resident: Sequence[str] = ()) -> Claim | None:
+        with self._noting():
+            return super().claim(worker, manifest, resident)
 
     def commit(self, lease: Lease, chunk: Chunk) -> Committed:
-        try:
+        with self._noting():
             return super().commit(lease, chunk)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
         except (StoreFull, StoreRefused) as error:
             self.broken = error
             raise
