@@ -57,7 +57,6 @@ def main(arguments: Sequence[str]) -> int:
         "hardware": machine.hardware(),
         "versions": machine.versions() | {"redis-server": server_version()},
         "rows": options.rows,
-        "row_bytes": rows.stat().st_size / options.rows if rows.exists() else queue["row_bytes"],
         "workers": options.workers,
         "fsync": options.fsync,
         **queue,
@@ -92,6 +91,7 @@ def _queue(server: RedisServer, folder: Path, rows: Path, options: argparse.Name
         "answer": {
             "wall_s": last[0] - first[0],
             "rows": last[1] - first[1],
+            "all_rows": last[1],
             "rows_per_s": (last[1] - first[1]) / (last[0] - first[0]),
             "start_s": first[0] - started_s,
             "worker_cpu_s": worker_cpu_s,

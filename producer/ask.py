@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from loramill.producer.job_limits import MAX_JOB_BYTES, MAX_JOB_ROWS
 from loramill.schemas.job import MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE, MAX_PRIORITY, JobNames, JobSpec
-
-MAX_JOB_ROWS = 10_000_000
-MAX_JOB_BYTES = 64 * 2**30
 
 OnInvalid = Literal["fail", "skip"]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loramill.schemas.failures import ExitCode, Failure
-from loramill.store.contract import JobStore
 from loramill.store.errors import JobNotFound, StoreError
+
+if TYPE_CHECKING:
+    from loramill.store.contract import JobStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

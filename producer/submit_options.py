@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from loramill.producer.ask import MAX_JOB_BYTES, MAX_JOB_ROWS, Ask, OnInvalid, new_id
+from loramill.producer.job_limits import MAX_JOB_BYTES, MAX_JOB_ROWS
 from loramill.producer.store_options import StoreOptions
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.worker.durations import seconds_of
-from loramill.worker.settings import MODEL_FLAGS, POSITIVE, ModelOptions, flag, flagged, size
+from loramill.worker.settings import OFFER_FLAGS, POSITIVE, SEED, ModelOptions, flag, flagged, size
 from loramill.worker.worker_settings import BROKER, STORE_FLAGS
+
+if TYPE_CHECKING:
+    from loramill.producer.ask import Ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +26,7 @@ class SubmitOptions(StoreOptions):
     input: str
     base: str | None = None
     limit: int | None = None
-    on_invalid: str = "fail"
+    on_invalid: Literal["fail", "skip"] = "fail"
     job_id: str | None = None
     priority: int = 0
     window_s: float | None = None
@@ -42,6 +45,8 @@ class SubmitOptions(StoreOptions):
     @property
     def ask(self) -> Ask:
         """Raises Failure (USAGE)."""
+        from loramill.producer.ask import Ask, new_id
+
         try:
             return Ask(
                 id=new_id() if self.job_id is None else self.job_id,
@@ -50,7 +55,7 @@ class SubmitOptions(StoreOptions):
                 metadata=self.metadata,
                 seed=self.seed,
                 dedupe=not self.no_dedupe,
-                on_invalid=cast(OnInvalid, self.on_invalid),
+                on_invalid=self.on_invalid,
                 limit=self.limit,
                 max_rows=self.max_job_rows,
                 max_bytes=self.max_job_bytes or MAX_JOB_BYTES,
@@ -93,10 +98,12 @@ _CHECK_FLAGS = [
 _MODEL_FLAGS = [
     flag("--base-model", metavar="PATH_OR_ID",
          help="Check against this model and publish what it offers, before any worker does; no weights are loaded."),
-    *MODEL_FLAGS[1:],
+    *OFFER_FLAGS,
+    SEED,
 ]  # fmt: skip
+# What is about one job has no variable: `--id`'s would be a worker's too.
 _SUBMIT_FLAGS = [
-    flag("--wait", is_flag=True, help="Wait until it has ended; the exit code says how."),
+    click.option("--wait", is_flag=True, help="Wait until it has ended; the exit code says how."),
     flag("--priority", type=int, default=0, help="Higher goes first; from -100 to 100."),
     flag("--window", dest="window_s", callback=seconds_of, metavar="TIME",
          help="What is not finished after so long (4h, 90m) expires."),
@@ -105,7 +112,7 @@ _SUBMIT_FLAGS = [
          help="Invalid lines refuse the whole input, or go to the error file."),
     flag("--no-dedupe", is_flag=True, help="Compute identical rows again and again."),
     BROKER,
-    flag("--id", dest="job_id", metavar="ID", help="The job's. The same submit again is then the same job."),
+    click.option("--id", "job_id", metavar="ID", help="The job's. The same submit again is then the same job."),
 ]  # fmt: skip
 _INPUT = click.argument("input", metavar="FILE")
 

@@ -83,8 +83,8 @@ class JobStore(ABC):
 
     @abstractmethod
     def accept(self, job_id: str) -> Job:
-        """Lets workers see all shards of a staged job, at once. A job without shards is completed thereby. Once more, since
-        nobody heard whether it had been, changes nothing. Raises JobNotFound if it is neither staged nor accepted."""
+        """Lets workers see all shards of a staged job, at once. A job without shards is completed by it. Done again,
+        in case nobody heard of it, changes nothing. Raises JobNotFound if it is neither staged nor accepted."""
 
     @abstractmethod
     def refuse(self, job_id: str, errors: Sequence[JobError]) -> Job:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 import warnings
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from celery.exceptions import CPendingDeprecationWarning
 from celery.platforms import SecurityWarning
 from celery.worker import state
 
-from loramill.schemas.failures import Failure
+from loramill.schemas.failures import ExitCode, Failure
 from loramill.worker.base_files import base_name_of
 from loramill.worker.housekeeping import Housekeeping
 from loramill.worker.node import Node, open_node
@@ -98,6 +99,10 @@ def _start(**_: Any) -> None:
         node = open_node(options)
     except Failure as failure:
         _end(failure)
+    except Exception:
+        # Celery would log it, to nobody, and wait for tickets without a node.
+        traceback.print_exc()
+        sys.exit(int(ExitCode.MACHINE))
     housekeeping = Housekeeping(node, lambda base, ready: top_up(app, base, ready))
     _serving.append((node, housekeeping))
     node.start()

@@ -35,6 +35,8 @@ GOOD_S = 60.0
 MAX_EARLY_DEATHS = 3
 """Deaths in a row before it was ready."""
 LOOK_S = 1.0
+STALLED_S = 10.0
+"""An engine that was silent for so long gets no more shards until it steps."""
 
 
 class EngineProcess:
@@ -65,7 +67,7 @@ class EngineProcess:
         self._handles: dict[int, Handle] = {}
         self._jobs: Counter[str] = Counter()
         self._running: dict[int, set[int]] = {}
-        self._alone = False
+        self._alone = self._died_alone = False
         self._last_key = 0
         self._steps = -1
         self._stalled = Stopwatch()
@@ -78,8 +80,14 @@ class EngineProcess:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes shards now."""
-        return self._ready_at_s is not None
+        """Whether it takes shards now: it is up, and it steps. One that hangs would take a shard for a lease's time,
+        and then the next."""
+        return self._ready_at_s is not None and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it should step and has not for STALLED_S."""
+        return self._stalled.seconds >= STALLED_S
 
     def run(self, spec: JobSpec, claim: Claim, blob: bytes) -> Handle:
         """Gives it a shard, `blob` as pack_shard made it. If it is down, the handle says so at once."""
@@ -99,6 +107,15 @@ class EngineProcess:
         alone = sorted(claim.suspects)
         self.send(Kind.SHARD, blob, key=handle.key, job=job, skip=claim.done.hex(), alone=alone)
         return handle
+
+    def running(self, handle: Handle) -> tuple[int, ...]:
+        """Positions of the shard's rows that run, as far as their results have not come."""
+        with self._lock:
+            return tuple(sorted(self._running.get(handle.key, ())))
+
+    def tries_alone(self, handle: Handle) -> bool:
+        """Whether one of the shard's rows is all that runs, for it is under suspicion."""
+        return self._alone and bool(self.running(handle))
 
     def send(self, kind: Kind, blob: bytes = b"", **said: Any) -> None:
         """Writes a frame. If the child is gone its reader says so to whoever waits for it."""
@@ -139,7 +156,8 @@ class EngineProcess:
                 why = f"the engine on {self.name} died {early} times in a row before it was ready: see above"
                 self.failure = Failure(ExitCode.MACHINE, why)
                 break
-            if ready_s is not None and ready_s >= GOOD_S:
+            # A death with one row alone in the engine is that row's: three of them, and more rows like it, may follow.
+            if ready_s is not None and (ready_s >= GOOD_S or self._died_alone):
                 backoff_s = FIRST_BACKOFF_S
             log(f"the engine on {self.name} starts again in {backoff_s:g} s")
             self._closing.wait(backoff_s)
@@ -222,7 +240,7 @@ class EngineProcess:
             running = {key: set[int]() for key in handles} if self._closing.is_set() else self._running
             self._running = {}
             self._jobs.clear()
-            lone = self._alone and sum(len(positions) for positions in running.values()) == 1
+            lone = self._died_alone = self._alone and sum(len(positions) for positions in running.values()) == 1
         for key, handle in handles.items():
             suspects = tuple(sorted(running[key]))
             handle.put(Died(suspects, suspects[0] if lone and suspects else None))
@@ -235,7 +253,7 @@ class EngineProcess:
     def _watch(self) -> None:
         seen = 0
         while not self._closing.wait(LOOK_S):
-            so = self.ready and self.progress == seen
+            so = self._ready_at_s is not None and self.progress == seen
             seen = self.progress
             if self._stalled.look(time.monotonic(), so) >= self._hang_timeout_s:
                 log(f"the engine on {self.name} has not stepped for {self._stalled.seconds:.0f} s and is killed")

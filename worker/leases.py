@@ -24,7 +24,7 @@ class Held:
 
     def __init__(self, claim: Claim, asked_s: float, progress: Callable[[], int | None]) -> None:
         """`asked_s`: this machine's monotonic clock before the request that got the lease. `progress` grows while the
-        engine steps, and is None once it has given all that it will."""
+        engine steps; while it is None, the lease is renewed whatever the engine does."""
         self.progress = progress
         self.verdict = Verdict.HELD
         self._renewed_at = progress()
@@ -44,6 +44,10 @@ class Held:
         if now_s < self.asked_s + self.lease.seconds / RENEWALS:
             return False
         return (progress := self.progress()) is None or progress != self._renewed_at
+
+    def runs_out(self, now_s: float) -> bool:
+        """Whether it is in the last part of its time, where it should have been renewed at least once."""
+        return now_s >= self.until_s - self.lease.seconds / RENEWALS
 
     def heard(self, lease: Lease, verdict: Verdict, asked_s: float, renewed: bool) -> None:
         """What the store said of `lease`, which may have been replaced since."""

@@ -183,12 +183,23 @@ MAX_RANK = flag("--max-lora-rank", type=POSITIVE, default=64, help="Adapters ove
 ALLOW_NOOP = flag("--allow-noop-adapters", is_flag=True, help="Accept adapters that change nothing.")
 DEVICE = flag("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
 
-MODEL_FLAGS = [
-    flag("--base-model", required=True, metavar="PATH_OR_ID", help=BASE_HELP),
+SEED = flag("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="For rows without a seed of their own.")
+
+OFFER_FLAGS = [
     flag("--base-name", metavar="NAME", help="The base's name in job lines.  [default: last part of --base-model]"),
     *ADAPTER_FLAGS,
     ALLOW_NOOP,
     flag("--max-loras-per-batch", type=POSITIVE, default=8, help="Adapters on the device at once."),
+    flag("--max-model-len", type=POSITIVE, help="Prompt and output tokens of a row.  [default: the model's context]"),
+    MAX_RANK,
+    flag("--dtype", type=_DTYPES, default="auto", help="What to compute in."),
+    flag("--chat-template", type=FILE, metavar="FILE", help="A Jinja chat template in place of the base's own."),
+]  # fmt: skip
+"""What rows can ask for, with --base-model."""
+
+MODEL_FLAGS = [
+    flag("--base-model", required=True, metavar="PATH_OR_ID", help=BASE_HELP),
+    *OFFER_FLAGS,
     flag("--max-loaded-loras", type=POSITIVE, help="Adapters in host memory at once.  [default: as many as fit]"),
     flag("--lora-host-bytes", callback=size, default="auto", metavar="auto|SIZE",
          help="Host memory for adapters, such as 4GiB."),
@@ -203,15 +214,12 @@ MODEL_FLAGS = [
          help="Rows start as it is fastest, or about in input order."),
     flag("--max-num-seqs", type=POSITIVE, help="Sequences in flight.  [default: what the device suits]"),
     flag("--max-num-batched-tokens", type=POSITIVE, default=8192, help="Tokens in one forward pass."),
-    flag("--max-model-len", type=POSITIVE, help="Prompt and output tokens of a row.  [default: the model's context]"),
-    MAX_RANK,
-    flag("--dtype", type=_DTYPES, default="auto", help="What to compute in."),
     DEVICE,
     flag("--kv-cache-memory", callback=size, default="auto", metavar="auto|SIZE",
          help="Memory for keys and values, such as 4GiB."),
-    flag("--chat-template", type=FILE, metavar="FILE", help="A Jinja chat template in place of the base's own."),
-    flag("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="For rows without a seed of their own."),
+    SEED,
 ]  # fmt: skip
+"""And how an engine serves it."""
 
 
 def settings_from(environ: Mapping[str, str], flags: Sequence[Flag], make: Callable[..., _Options]) -> _Options:

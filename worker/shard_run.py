@@ -38,6 +38,10 @@ class Lost(Exception):
 class GivenUp(Exception):
     """The shard is given back with what is committed."""
 
+    def __init__(self, why: str, suspects: Collection[int] = ()) -> None:
+        super().__init__(why)
+        self.suspects = suspects
+
 
 class ShardRun:
     """Runs one claim: `run`, once."""
@@ -68,8 +72,9 @@ class ShardRun:
                 log(f"shard {self._name}: lost to another worker, or needed no more; its other rows are dropped")
             except GivenUp as why:
                 log(f"shard {self._name}: given back: {why}")
-                self._release()
-            except StoreError:
+                self._release(why.suspects)
+            except StoreError as error:
+                log(f"shard {self._name}: given back: {error}")
                 self._release()
                 raise
 
@@ -91,6 +96,10 @@ class ShardRun:
             self._insist(lambda lease: None)
         if self._drain.over:
             raise GivenUp("the worker ends")
+        # Nothing renews the lease of an engine that hangs. What ran in it must be known before the lease is another's,
+        # or a row that makes engines hang would go from worker to worker, unsuspected, for ever.
+        if self._engine.stalled and not self._engine.tries_alone(handle) and self._held.runs_out(time.monotonic()):
+            raise GivenUp("the engine does not step", self._engine.running(handle))
         if self._held.verdict is Verdict.OVER or self._drain.late:
             self._stop(handle, now=True)
         elif self._drain.asked:
@@ -145,7 +154,7 @@ class ShardRun:
                 log_seldom(f"waiting for the store: {error}")
                 no_disk = isinstance(error, StoreFull) and self._store.files is not None
                 if no_disk and time.monotonic() >= began_s + DISK_FULL_S:
-                    raise GivenUp(str(error)) from error
+                    raise  # the thread pauses, or it would have the shard again before anybody else
             if self._drain.over:
                 raise GivenUp("the worker ends")
             self._drain.wait(wait_s)
@@ -166,7 +175,10 @@ class ShardRun:
         held.take(claim.lease, asked_s)
 
     def _progress(self) -> int | None:
-        return None if self._handle is not None and self._handle.ended else self._engine.progress
+        handle, engine = self._handle, self._engine
+        # A row that is tried alone is waited for until the engine is given up: only who holds the lease can charge it.
+        renews_anyway = handle is not None and (handle.ended or engine.tries_alone(handle))
+        return None if renews_anyway else engine.progress
 
 
 def _backoff() -> Iterator[float]:

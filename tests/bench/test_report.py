@@ -94,3 +94,21 @@ def test_modes_and_thousand_say_what_was_measured() -> None:
     )
     assert "(static) | 8 rows static |" in made
     assert "| plan | 2.0 (1.0 to 3.0) | 4 | 5 | 6 | 7 | 500 (500 to 500) ms | 1.0 MiB |" in made
+
+
+def test_the_queue_says_what_a_row_costs() -> None:
+    took = {"wall_s": 10.0, "cpu_s": 5.0, "max_rss_bytes": 100 * 2**20}
+    answer = {"rows_per_s": 25_000.0, "all_rows": 1_000_000, "worker_cpu_s": 50.0, "redis_cpu_s": 2.0}
+    result = {
+        "part": "queue", "date": "2026-11-21", "command": "python -m bench.queue", "rows": 1_000_000, "workers": 4,
+        "fsync": "everysec", "row_bytes": 100.4, "result_bytes": 550.2,
+        "submit": took, "collect": took, "answer": answer,
+        "redis_bytes_per_row": {"input": 8.0, "output": 64.0},
+        "embedded": {"rows": 1000, "cpu_s": 0.06, "rows_per_s": 16_000.0},
+        "hardware": {"cores": 2, "cpu": "a CPU"}, "versions": {"redis-server": "7.0.15"},
+    }  # fmt: skip
+    made = render("<!-- bench:queue -->\n<!-- /bench -->\n", [result])
+    assert "| `submit` | 100,000 | 5 µs | 100 MiB |" in made
+    assert "| 4 workers, first commit to last | 25,000 | 52 µs, of which Redis 2 | |" in made
+    assert "one process | 16,000 | 60 µs | |" in made
+    assert "8 bytes a row of input and 64 of output (8 and 61 MiB a million rows)" in made

@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loramill.producer import local
+from loramill.worker import loading
+from loramill.worker.engine import Engine
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the weights must not be loaded")
 
-    monkeypatch.setattr(local, "Engine", refuse)
+    monkeypatch.setattr(loading, "Engine", refuse)
 
 
 def one_line(ended, *says: str) -> None:
@@ -397,14 +399,14 @@ def test_1_the_output_folder_cannot_be_written(desk, rows, no_compute, monkeypat
 
 def give_up(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """The engine fails in its thirteenth step."""
-    step, steps = local.Engine.step, iter(range(12))
+    step, steps = Engine.step, iter(range(12))
 
-    def torn(self):
+    def torn(self, on_start):
         if next(steps, None) is None:
             raise error
-        return step(self)
+        return step(self, on_start)
 
-    monkeypatch.setattr(local.Engine, "step", torn)
+    monkeypatch.setattr(Engine, "step", torn)
 
 
 class OutOfMemoryError(RuntimeError):

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from loramill.producer import local
 from loramill.store.journal import DoneRow, Journal
+from loramill.worker import loading
 
 # Makes every step last, and says on stderr what each commit made durable.
 SLOW = """
@@ -18,9 +18,9 @@ import sys, time
 from loramill.store.journal import Journal
 from loramill.worker.engine import Engine
 step, commit = Engine.step, Journal.commit
-def slow(self):
+def slow(self, on_start):
     time.sleep(0.03)
-    return step(self)
+    return step(self, on_start)
 def told(self, rows):
     rows = list(rows)
     commit(self, rows)
@@ -35,7 +35,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the weights must not be loaded")
 
-    monkeypatch.setattr(local, "Engine", refuse)
+    monkeypatch.setattr(loading, "Engine", refuse)
 
 
 def committed(process: subprocess.Popen[str], at_least: int) -> set[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -123,18 +126,67 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_examples_print_what_they_say(code: str) -> None:
+def test_python_examples_print_what_they_say(code: str, desk: Path) -> None:
     """Each example runs as it stands; the comment behind `print(...)` is its output, line by line."""
     said = re.findall(r"print\(.*\)  # (.*)", code)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=REPO, capture_output=True, text=True)
+    worker = background_worker(desk) if "Producer" in code else nullcontext()
+    with worker:
+        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=desk, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == said[0].split(", ")
 
 
-def test_the_first_command_in_the_readme_runs(tmp_path: Path) -> None:
-    command = re.search(r"^\.venv/bin/loramill (run .*?[^\\])$", README, re.DOTALL | re.MULTILINE)
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A folder with the examples, and nothing of the repository else."""
+    (tmp_path / "examples").symlink_to(REPO / "examples")
+    return tmp_path
+
+
+def shown_command(begin: str) -> list[str]:
+    """The arguments of the first `.venv/bin/loramill` command of the README that begins so."""
+    command = re.search(rf"^\.venv/bin/loramill ({begin} (?:.*\\\n)*.*[^\\])$", README, re.MULTILINE)
     assert command
-    arguments = shlex.split(command[1].replace("\\\n", " ").replace("answers.jsonl", str(tmp_path / "answers.jsonl")))
+    return shlex.split(command[1].removesuffix("&").replace("\\\n", " "))
+
+
+@contextmanager
+def background_worker(folder: Path) -> Iterator[None]:
+    """The README's worker, without `--until-empty`."""
+    arguments = [word for word in shown_command("worker") if word != "--until-empty"]
+    command = [sys.executable, "-c", "from loramill.producer.cli import main; main()", *arguments]
+    environment = {**os.environ, "LORAMILL_STORE": "sqlite:///queue.db"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        assert "ready" in process.stderr.readline()
+        yield
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_the_queue_s_commands_in_the_readme_run(desk: Path) -> None:
+    environment = {**os.environ, "LORAMILL_STORE": "sqlite:///queue.db"}
+    for begin in ("submit", "worker"):
+        # Here one after the other, not side by side.
+        arguments = [word for word in shown_command(begin) if word != "--wait"]
+        done = subprocess.run(
+            [Path(sys.executable).with_name("loramill"), *arguments], cwd=desk, env=environment, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        if begin == "submit":
+            job = done.stdout.strip()
+    done = subprocess.run(
+        [Path(sys.executable).with_name("loramill"), "results", job], cwd=desk, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len((REPO / "examples" / "tiny" / "jobs.jsonl").read_text().splitlines())
+
+
+def test_the_first_command_in_the_readme_runs(tmp_path: Path) -> None:
+    arguments = [word.replace("answers.jsonl", str(tmp_path / "answers.jsonl")) for word in shown_command("run")]
     done = subprocess.run([Path(sys.executable).with_name("loramill"), *arguments], cwd=REPO, capture_output=True)
     assert done.returncode == 0, done.stderr
     jobs = (REPO / "examples" / "tiny" / "jobs.jsonl").read_text().splitlines()

@@ -122,15 +122,15 @@ def test_what_is_wrong_is_a_value_error_before_anything_runs(
 
 
 def test_a_row_that_the_engine_fails_is_a_result_with_an_error(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loramill.producer import local
+    from loramill.worker.engine import Engine
     from loramill.worker.request import Result
 
-    step = local.Engine.step
+    step = Engine.step
 
-    def poisoned(self: Any) -> list[Result]:
-        return [Result(result.key, 1, [], error="not finite") for result in step(self)]
+    def poisoned(self: Any, on_start: Any) -> list[Result]:
+        return [Result(result.key, 1, [], error="not finite") for result in step(self, on_start)]
 
-    monkeypatch.setattr(local.Engine, "step", poisoned)
+    monkeypatch.setattr(Engine, "step", poisoned)
     (result,) = mill.generate("x", max_tokens=1)
     assert (result.error, result.samples) == ("not finite", [])
     with pytest.raises(RuntimeError, match="row 0 failed: not finite"):
@@ -323,14 +323,14 @@ def test_the_async_form(options: dict[str, Any]) -> None:
 
 
 def test_an_engine_that_dies_is_an_error_for_whoever_waits(options: dict[str, Any], monkeypatch) -> None:
-    from loramill.producer import local
+    from loramill.worker.engine import Engine
 
-    def dead(self: Any) -> None:
+    def dead(self: Any, on_start: Any) -> None:
         raise RuntimeError("device lost")
 
     async def job() -> None:
         async with AsyncMill(**options) as mill:
-            monkeypatch.setattr(local.Engine, "step", dead)
+            monkeypatch.setattr(Engine, "step", dead)
             waiting = [anext(mill.generate("x", max_tokens=3)) for _ in range(2)]
             for outcome in await asyncio.gather(*waiting, return_exceptions=True):
                 assert str(outcome) == "device lost"
