@@ -42,5 +42,5 @@ def settings_of(job: RunJob) -> WorkerOptions:
     names = dict.fromkeys([*job.index.adapters, *options.pinned])
     settings: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(ModelOptions)}
     settings |= {"adapters": {name: given[name].spec for name in names if name in given}, "adapters_json": {}}
-    settings |= {"adapters_dir": None, "adapters_file": None, "longest_row": int(job.longest_row.max())}
+    settings |= {"adapters_dir": None, "adapters_file": None, "longest_row": int(job.longest_row.max(initial=1))}
     return WorkerOptions(**settings, store=f"sqlite:///{options.queue_path}", lease_s=LEASE_S)
