@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loramill.producer.outcomes import in_words
-from loramill.producer.spool import Spool
+from loramill.producer.spool import Spool, write_all
 from loramill.producer.waiting import chunks
 from loramill.schemas.job import JobStatus
 from loramill.schemas.request import custom_id_of
 from loramill.schemas.response import never_run_line, result_id_of
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreError
+from loramill.store.files import atomic_writer, remove_file
 from loramill.store.packing import Chunk
 from loramill.store.records import Job
 
@@ -138,6 +140,22 @@ def put_retries(store: JobStore, job: Job, spool: Spool, retries: Sequence[Job])
             mended += int((open_ & (first.index["failed"] == 0)).sum())
         said.append(f"{in_words(retry)}; {mended:,} rows are answered by it")
     return said
+
+
+def assemble(spool: Spool, rows: NDArray[np.int64], path: Path) -> None:
+    """Puts the lines of these rows at `path`, whole or not at all. Raises StoreError."""
+    # Through a link, to where it leads: replacing the link itself would surprise.
+    with atomic_writer(path.resolve()) as write:
+        write_all(spool.lines(rows), write)
+
+
+def assemble_errors(spool: Spool, path: Path) -> None:
+    """Puts all failed rows at `path`; where there are none, no file is left there. Raises StoreError."""
+    failed = np.flatnonzero(spool.failed)
+    if len(failed):
+        assemble(spool, failed, path)
+    else:
+        remove_file(path)
 
 
 class _Ids:

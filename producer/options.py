@@ -30,6 +30,8 @@ class RunOptions(ModelOptions):
     input: str
     output: Path
     errors: Path | None = None
+    devices: str | None = None
+    """Several engines, each in a process of its own, instead of one in this process."""
     limit: int | None = None
     on_invalid: str = "fail"
     overwrite: bool = False
@@ -48,12 +50,18 @@ class RunOptions(ModelOptions):
         """The run's finished rows until the output is whole."""
         return self.output.with_name(self.output.name + ".journal")
 
+    @property
+    def queue_path(self) -> Path:
+        """With `devices`: the run's rows, finished or not, until the output is whole."""
+        return self.output.with_name(self.output.name + ".queue")
+
 
 _RUN_FLAGS = [
     flag("--input", "-i", required=True, metavar="IN", help="Job lines: .jsonl, .jsonl.gz, .jsonl.zst, or - (stdin)."),
     flag("--output", "-o", required=True, type=FILE, metavar="OUT", help="Result lines, in input order."),
     flag("--errors", type=FILE, metavar="FILE", help="Failed rows.  [default: OUT with .errors before .jsonl]"),
     *MODEL_FLAGS,
+    flag("--devices", metavar="all|cuda:N,...", help="Every free GPU of this machine, or these: an engine on each."),
     flag("--limit", type=POSITIVE, metavar="N", help="Only the first N rows."),
     flag("--on-invalid", type=click.Choice(["fail", "skip"]), default="fail",
          help="Invalid lines stop the run before it starts, or go to the error file."),

@@ -17,6 +17,8 @@ def check_outputs(options: RunOptions) -> None:
     if str(options.output) == "-":
         raise Failure(ExitCode.USAGE, "-o -: the output must be a file, its finished rows are kept beside it")
     files = {"--output": options.output, "--errors": options.errors_path, "the journal": options.journal_path}
+    if options.devices:
+        files["the queue"] = options.queue_path
     if options.input != "-":
         files = {"--input": Path(options.input)} | files
     refuse_clashes(files)

@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from loramill.producer.collect import Seen, pick, put, put_never_run, put_retries, retries_of
+from loramill.producer.collect import Seen, assemble, assemble_errors, pick, put, put_never_run, put_retries, retries_of
 from loramill.producer.interrupts import Interrupts
 from loramill.producer.outcomes import as_data, exit_code, in_words, why_refused
 from loramill.producer.progress import Moment, Progress, note
@@ -26,7 +26,6 @@ from loramill.producer.waiting import Patience, chunks, follow
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import JobStatus
 from loramill.store.contract import JobStore
-from loramill.store.files import atomic_writer, remove_file
 from loramill.store.packing import Chunk
 from loramill.store.records import Job
 
@@ -186,24 +185,15 @@ def _write(spool: Spool, never_run: Rows, options: ResultsOptions) -> None:
     failed, answered = np.flatnonzero(spool.failed), np.flatnonzero(spool.answered)
     errors = options.errors_path
     if errors is not None:
-        if len(failed):
-            _assemble(spool, failed, errors)
-        else:
-            remove_file(errors)
+        assemble_errors(spool, errors)
     wanted = failed if options.errors_only else answered
     if not options.to_stdout:
-        _assemble(spool, wanted, options.output)
+        assemble(spool, wanted, options.output)
         return
     if options.follow:  # all others went out as they came
         wanted = never_run if options.errors_only else wanted[:0]
     write_all(spool.lines(wanted), sys.stdout.buffer.write)
     sys.stdout.buffer.flush()
-
-
-def _assemble(spool: Spool, rows: Rows, path: Path) -> None:
-    # Through a link, to where it leads: replacing the link itself would surprise.
-    with atomic_writer(path.resolve()) as write:
-        write_all(spool.lines(rows), write)
 
 
 def _report(job: Job, spool: Spool, never_run: int, options: ResultsOptions) -> ExitCode:

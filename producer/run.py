@@ -1,49 +1,36 @@
-"""`loramill run`: one job in this process, from the input file to the output file."""
+"""`loramill run`: one job, from the input file to the output file, by engines of this process's own."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loramill.producer.explain import explain
 from loramill.producer.index import Index
 from loramill.producer.interrupts import Interrupts
 from loramill.producer.invalid import InvalidLines, refused
-from loramill.producer.local import LocalEngine
 from loramill.producer.options import RunOptions
-from loramill.producer.outputs import check_outputs, publish, refuse_existing
-from loramill.producer.progress import Moment, Progress, counter, note
+from loramill.producer.outputs import check_outputs, refuse_existing
+from loramill.producer.progress import counter, note
 from loramill.producer.reader import Input, InputError, open_input
+from loramill.producer.run_devices import OnDevices
+from loramill.producer.run_engines import devices_of
+from loramill.producer.run_here import Here
+from loramill.producer.run_job import RunJob, Way, open_journal
 from loramill.producer.summary import Summary
 from loramill.producer.validate import validate
 from loramill.schemas.failures import ExitCode, Failure
-from loramill.store.errors import JournalBusy, JournalDamaged, JournalMismatch, StoreError
-from loramill.store.journal import DoneRow, Journal, remove_journal
+from loramill.store.errors import JournalBusy, StoreError
 from loramill.worker.base_files import silence_libraries
+from loramill.worker.devices import Device
 from loramill.worker.models import Models, open_models
 
-_COMMIT_ROWS = 4096
 _RESUMES = "what is committed stays, and the same command resumes"
-
-
-@dataclass(slots=True, frozen=True)
-class _Job:
-    """A checked job, and the journal that says how much of it is done."""
-
-    id: str
-    options: RunOptions
-    models: Models
-    source: Input
-    index: Index
-    journal: Journal
 
 
 def run_file(options: RunOptions, started_s: float) -> ExitCode:
@@ -52,6 +39,7 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
     silence_libraries()
     folder = options.output.parent
     with Interrupts() as interrupts, _as_failures(folder):
+        devices = devices_of(options)
         if not options.explain:
             check_outputs(options)
         models = open_models(options, all_or_nothing=options.on_invalid == "fail")
@@ -59,11 +47,11 @@ def run_file(options: RunOptions, started_s: float) -> ExitCode:
             interrupts.check()
             index = _check(source, models, options, invalid)
             interrupts.check()
-            if options.explain:
-                return _explain(options, models, source, index)
-            with closing(_open_journal(options, source, models, index)) as journal:
-                job = _Job(journal.identity_sha256, options, models, source, index, journal)
-                summary = _finish(job, invalid, interrupts)
+            job = RunJob(options, models, source, index, invalid)
+            with closing(_way(job, devices)) as way:
+                if options.explain:
+                    return _explain(job, way)
+                summary = _finish(job, way, interrupts)
     summary.total_s = time.monotonic() - started_s
     return _report(summary, options)
 
@@ -90,41 +78,37 @@ def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidL
     return index
 
 
-def _open_journal(options: RunOptions, source: Input, models: Models, index: Index) -> Journal:
-    """The journal of this very job. Raises Failure (INPUT) for another's, unless it may be replaced."""
-    identity = {
-        "input": source.sha256,
-        "--limit": str(options.limit),
-        "--base-name": models.names.base,
-        "--lora-mode": options.lora_mode,
-        **models.identity(index.adapters),
-    }
+def _way(job: RunJob, devices: Sequence[Device]) -> Way:
+    """Here, or on the devices. Raises Failure, StoreError."""
+    options = job.options
+    # What is only explained, and was not begun or is to begin afresh, has no journal.
+    has_none = options.explain and (options.overwrite or not options.journal_path.exists())
+    journal = None if has_none else open_journal(job)
+    if not options.devices:
+        return Here(job, journal)
     try:
-        return Journal(options.journal_path, identity)
-    except (JournalMismatch, JournalDamaged) as error:
-        if not options.overwrite:
-            code = ExitCode.INPUT if isinstance(error, JournalMismatch) else ExitCode.MACHINE
-            raise Failure(code, f"{error}; pass --overwrite to start afresh") from error
-    remove_journal(options.journal_path)
-    return Journal(options.journal_path, identity)
+        return OnDevices(job, journal, devices)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
 
 
-def _finish(job: _Job, invalid: InvalidLines, interrupts: Interrupts) -> Summary:
-    """Runs what the journal lacks, and puts the result files in place."""
-    journal, options, index = job.journal, job.options, job.index
-    summary = Summary(rows=index.total_rows, invalid=index.problem_count, resumed=journal.totals().done)
+def _finish(job: RunJob, way: Way, interrupts: Interrupts) -> Summary:
+    """Runs what is not finished, and puts the result files in place."""
+    options, index = job.options, job.index
+    summary = Summary(rows=index.total_rows, invalid=index.problem_count, resumed=way.totals().done)
     try:
         if summary.resumed < summary.rows:
-            # Only a finished journal explains an output that is there already: a kill right before its removal.
+            # Only a finished job explains an output that is there already: a kill right before the end.
             refuse_existing(options)
-            _commit(journal, invalid.rows(job.id))
-            _answer(job, summary, interrupts)
-        totals = journal.totals()
+            way.answer(summary, interrupts)
+        totals = way.totals()
         if totals.done < summary.rows:
             raise KeyboardInterrupt
-        publish(journal, options)
+        way.publish()
     except KeyboardInterrupt:
-        kept = f"{journal.totals().done:,} of {summary.rows:,} rows are done and kept"
+        kept = f"{way.totals().done:,} of {summary.rows:,} rows are done and kept"
         raise Failure(ExitCode.INTERRUPTED, f"interrupted: {kept}; the same command resumes") from None
     summary.failed, summary.prompt_tokens = totals.failed, totals.prompt_tokens
     summary.completion_tokens = totals.completion_tokens
@@ -132,66 +116,14 @@ def _finish(job: _Job, invalid: InvalidLines, interrupts: Interrupts) -> Summary
     return summary
 
 
-def _answer(job: _Job, summary: Summary, interrupts: Interrupts) -> None:
-    """Runs the rows that are not done, until they are or an interrupt asks to stop."""
-    index, quiet = job.index, job.options.quiet
-    left = np.flatnonzero(~job.journal.done(index.total_rows)[index.row])
-    if not len(left):
-        return
-    before = f", {summary.resumed:,} done before" if summary.resumed else ""
-    note(f"{summary.rows:,} rows{before}, {len(index.adapters)} adapters: loading the base", quiet=quiet)
-    load_started_s = time.monotonic()
-    engine = _load(job.models, job.options, index, left)
-    run_started_s = time.monotonic()
-    plan = engine.plan(index, left, job.models.names, job.journal.decisions())
-    job.journal.decide(plan.decisions)
-    for line in plan.summary():
-        note(line, quiet=quiet)
-    totals = job.journal.totals()
-    rows_done, rows_failed = totals.done, totals.failed
-
-    def commit(rows: list[DoneRow]) -> None:
-        nonlocal rows_done, rows_failed
-        job.journal.commit(rows)
-        rows_done += len(rows)
-        rows_failed += sum(row.failed for row in rows)
-
-    def show() -> None:
-        stats = engine.stats
-        tokens = (stats.prompt_tokens, stats.completion_tokens)
-        progress.update(Moment(rows_done, rows_failed, *tokens, stats.resident))
-
-    shard = engine.shard(job.source, index, left, plan, names=job.models.names, job_id=job.id, emit=commit)
-    with closing(engine), Progress(summary.rows, quiet=quiet) as progress, interrupts.draining():
-        engine.run(shard, stopping=lambda: interrupts.requested, on_step=show)
-    summary.load_s = run_started_s - load_started_s
-    summary.run_s = time.monotonic() - run_started_s
-    summary.count(asdict(engine.stats), list(plan.decisions.values()))
-
-
-def _load(models: Models, options: RunOptions, index: Index, left: NDArray[np.int64]) -> LocalEngine:
-    longest = int((index.prompt_tokens + index.max_tokens)[left].max())
-    return LocalEngine(models, options, longest_row=longest, adapters=index.adapters)
-
-
-def _explain(options: RunOptions, models: Models, source: Input, index: Index) -> ExitCode:
+def _explain(job: RunJob, way: Way) -> ExitCode:
     """Prints what the command would do, without doing it: of a job that was begun, with what it has left."""
-    left, decided = np.arange(len(index)), dict[str, str]()
-    if options.journal_path.exists() and not options.overwrite:
-        with closing(_open_journal(options, source, models, index)) as journal:
-            left = np.flatnonzero(~journal.done(index.total_rows)[index.row])
-            decided = journal.decisions()
+    left = np.flatnonzero(~way.done()[job.index.row])
     if not len(left):
         raise Failure(ExitCode.INPUT, "there is no row to run")
-    with closing(_load(models, options, index, left)) as engine:
-        plan = engine.plan(index, left, models.names, decided, timed=True).describe()
-    print(json.dumps(plan) if options.json else explain(plan), flush=True)
+    plan = way.describe(left)
+    print(json.dumps(plan) if job.options.json else explain(plan), flush=True)
     return ExitCode.OK
-
-
-def _commit(journal: Journal, rows: Iterator[DoneRow]) -> None:
-    while some := list(islice(rows, _COMMIT_ROWS)):
-        journal.commit(some)
 
 
 def _report(summary: Summary, options: RunOptions) -> ExitCode:

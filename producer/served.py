@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramill.producer.job_plan import AdapterFacts
 from loramill.producer.offers import Able, Offer, able, choose, of_base, open_offer
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.manifest import Manifest
@@ -72,6 +73,19 @@ def opened_here(options: ModelOptions, store: JobStore | None, *, publish: bool)
 
     offer = open_offer(group, workers, blob)
     return Served(offer, [manifest, *others], workers, (*models.warnings, *offer.warnings))
+
+
+def served_by_own(models: Models, options: ModelOptions) -> Served:
+    """By engines of this very process, which will open the same: nobody else is asked. Raises Failure."""
+    from loramill.worker.manifest import manifest_of
+
+    manifest, _ = manifest_of(models, options, _dtype(models, options))
+    # A split may lead to one that cannot be served: no row of a job does, but the job's names have it.
+    keys = dict.fromkeys(models.unusable, "") | {offer.name: offer.key for offer in manifest.adapters}
+    facts = {offer.sha256: AdapterFacts(offer.rank, offer.alone is not None) for offer in manifest.adapters}
+    slots = options.max_loras_per_batch
+    offer = Offer(manifest.base_id, models.names, models.prompter, keys, facts, slots, slots, models.warnings)
+    return Served(offer, [manifest], [])
 
 
 def _dtype(models: Models, options: ModelOptions) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loramill.producer.ask import Ask
 from loramill.producer.index import Index
 from loramill.producer.invalid import InvalidLines, refused
-from loramill.producer.job_plan import Draft
-from loramill.producer.offers import Able
+from loramill.producer.job_plan import Draft, JobPlan
+from loramill.producer.offers import Able, Offer
 from loramill.producer.pinning import pin
 from loramill.producer.reader import Input
 from loramill.producer.served import Served
@@ -97,7 +98,8 @@ def check(
     if size > ask.max_bytes:
         limit = f"a job may have {ask.max_bytes:,}: LORAMILL_MAX_JOB_BYTES"
         raise Failure(ExitCode.INPUT, f"{source.name}: {size:,} bytes of lines; {limit}")
-    return Checked(source, index, served, list(_cut(index, served)))
+    plan = plan_of(index, served.offer, np.arange(len(index)))
+    return Checked(source, index, served, shards_of(index, served, plan, _running(index, served)))
 
 
 def submit(
@@ -119,21 +121,28 @@ def submit(
     served = look()
     with closing(InvalidLines(Path(gettempdir()))) as invalid:
         checked = check(source, served, ask, invalid, on_progress)
-        spec = _spec(checked, ask)
-        store.stage(spec)
-        try:
-            for number, rows in enumerate(_rows(checked)):
-                go_on()
-                store.add_shard(spec.id, NewShard(number, rows, checked.shards[number].adapters))
-            failed = invalid.rows(spec.id)
-            while some := list(islice(failed, _INVALID_ROWS)):
-                store.add_results(spec.id, some)
+        return Submitted(put_job(store, checked, ask, invalid, go_on), checked)
+
+
+def put_job(
+    store: JobStore, checked: Checked, ask: Ask, invalid: InvalidLines, go_on: Callable[[], None] = lambda: None
+) -> Job:
+    """Stores a job that is not there yet, and has it accepted; whole or not at all, as `submit`. Raises StoreError."""
+    spec = _spec(checked, ask)
+    store.stage(spec)
+    try:
+        for number, rows in enumerate(_rows(checked)):
             go_on()
-            return Submitted(store.accept(spec.id), checked)
-        except BaseException:
-            if accepted := _withdrawn(store, spec.id):
-                return Submitted(accepted, checked)
-            raise
+            store.add_shard(spec.id, NewShard(number, rows, checked.shards[number].adapters))
+        failed = invalid.rows(spec.id)
+        while some := list(islice(failed, _INVALID_ROWS)):
+            store.add_results(spec.id, some)
+        go_on()
+        return store.accept(spec.id)
+    except BaseException:
+        if accepted := _withdrawn(store, spec.id):
+            return accepted
+        raise
 
 
 def _before(store: JobStore, source: Input, ask: Ask) -> Job | None:
@@ -162,10 +171,10 @@ def _withdrawn(store: JobStore, job_id: str) -> Job | None:
     return None
 
 
-def _cut(index: Index, served: Served) -> Iterator[Shard]:
-    offer = served.offer
-    draft = Draft(index, np.arange(len(index)), offer.names, offer.facts)
-    plan = draft.plan(
+def plan_of(index: Index, offer: Offer, left: NDArray[np.int64]) -> JobPlan:
+    """In which order the rows at positions `left` start, on whatever engine: side by side wherever that can be."""
+    draft = Draft(index, left, offer.names, offer.facts)
+    return draft.plan(
         slots=offer.max_mix,
         max_num_seqs=_MAX_NUM_SEQS,
         max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
@@ -176,6 +185,11 @@ def _cut(index: Index, served: Served) -> Iterator[Shard]:
         costs=None,
         decided={},
     )
+
+
+def shards_of(index: Index, served: Served, plan: JobPlan, takers: int) -> list[Shard]:
+    """A job's rows as `plan` has all of them, cut so that so many can have some."""
+    offer = served.offer
     kinds = [frozenset(offer.keys[name] for name, _ in uses) for uses in index.mixes]
     alone = [any(offer.names.adapters[name].alone for name, _ in uses) for uses in index.mixes]
     servers = served.servers([*kinds, frozenset()])
@@ -184,16 +198,17 @@ def _cut(index: Index, served: Served) -> Iterator[Shard]:
         for kind, is_alone, server, uses in zip(kinds, alone, servers, index.mixes, strict=False)
     ]
     base = Need(apart=servers[-1])
-    workers = served.able([tuple(kind) for kind in kinds] + ([()] if (index.mix < 0).any() else []))
-    running = len(workers.all_of_it) + len(workers.part_of_it)
-    return cut(
-        plan.order,
-        index.mix,
-        index.length,
-        [*needs, base],
-        max_loras=offer.max_loras,
-        max_rows=rows_a_shard(len(index), running),
-    )
+    most = rows_a_shard(len(index), takers)
+    needs.append(base)
+    return list(cut(plan.order, index.mix, index.length, needs, max_loras=offer.max_loras, max_rows=most))
+
+
+def _running(index: Index, served: Served) -> int:
+    """How many of the running workers could run some of it."""
+    keys = served.offer.keys
+    kinds = [tuple({keys[name] for name, _ in uses}) for uses in index.mixes]
+    able = served.able(kinds + ([()] if (index.mix < 0).any() else []))
+    return len(able.all_of_it) + len(able.part_of_it)
 
 
 def _spec(checked: Checked, ask: Ask) -> JobSpec:

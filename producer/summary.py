@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -50,6 +50,8 @@ class Summary:
     adapters_dynamic: int = 0
     """Adapters and mixes served side by side, and those merged one after another."""
     adapters_static: int = 0
+    rows_by_device: dict[str, int] = field(default_factory=dict)
+    """Of `--devices`: how many rows this process had done on each."""
     output: str = ""
     errors: str | None = None
 

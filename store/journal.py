@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -47,9 +47,12 @@ class Journal:
     Raises JournalBusy, JournalMismatch, JournalDamaged, or another StoreError (disk full, read-only folder).
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, str], *, kept_elsewhere: Callable[[], bool] = lambda: False
+    ) -> None:
         """Opens the journal at `path`, or creates it. `identity` maps each part of the job that decides its answers
-        (as a person calls it: "input", "adapter `sql`", "--seed") to a value that changes when the part does."""
+        (as a person calls it: "input", "adapter `sql`", "--seed") to a value that changes when the part does.
+        `kept_elsewhere` says whether there are finished rows of the job that the journal does not hold."""
         self.path = path
         self.identity_sha256 = sha256(json.dumps(sorted(identity.items())).encode()).hexdigest()
         """Names the job: the same in every process that works on it."""
@@ -59,12 +62,12 @@ class Journal:
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
         try:
             with self._failures("open"):
-                self._open(identity)
+                self._open(identity, kept_elsewhere)
         except BaseException:
             self._db.close()
             raise
 
-    def _open(self, identity: Mapping[str, str]) -> None:
+    def _open(self, identity: Mapping[str, str], kept_elsewhere: Callable[[], bool]) -> None:
         # One connection in one process: exclusive locking is the run's lock, and keeps the WAL index out of a file.
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -76,7 +79,8 @@ class Journal:
             found = dict(self._db.execute("SELECT part, value FROM meta"))
             changed = _differences(found, wanted)
             # Without a row it is nobody's: a run that ended before its first one must not bind the next.
-            if found and changed and self._db.execute("SELECT 1 FROM rows LIMIT 1").fetchone():
+            begun = self._db.execute("SELECT 1 FROM rows LIMIT 1").fetchone() is not None
+            if found and changed and (begun or kept_elsewhere()):
                 raise JournalMismatch(str(self.path), changed)
             if changed:
                 self._db.execute("DELETE FROM meta")

@@ -75,7 +75,7 @@ def open_served(options: ModelOptions) -> Served:
 
     silence_libraries()
     models = open_models(options)
-    engine = load_engine(models, options)
+    engine = load_engine(models, options, longest_row=options.longest_row)
     manifest, blobs = manifest_of(models, options, engine.dtype)
     adapters = {offer.key: models.names.adapters[offer.name] for offer in manifest.adapters}
     return Served(engine, manifest, blobs, models.prompter, adapters)

@@ -68,6 +68,8 @@ class ModelOptions(AdapterOptions):
     """For rows without a seed of their own."""
     no_dedupe: bool = False
     """Whether rows are computed one by one though they must come to the same answer. In a queue a job says so."""
+    longest_row: int | None = None
+    """Tokens of the longest row that will come, prompt and answer, where that is known: it saves cache memory."""
 
 
 class _CommaSeparated(click.types.StringParamType):

@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_while_the_output_is_written(desk, rows, no_compute
     desk.write(rows(30))
     limit = """
 import resource
-from loramill.producer import run
+from loramill.producer import run_here as run
 publish = run.publish
 def full(*given):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -42,9 +42,12 @@ ALLOWED = {
     "producer/doctor_engine.py": {"loramill.worker", "loramill.kernels", "torch"},
     "producer/verify.py": {"loramill.worker", "loramill.schemas", "click", "torch", "transformers", "peft"},
     "producer/run.py": {
-        *("loramill.worker.models", "loramill.worker.base_files"),
+        *("loramill.worker.models", "loramill.worker.base_files", "loramill.worker.devices"),
         *("loramill.schemas", "loramill.store"),
     },
+    "producer/run_job.py": {"loramill.worker.models", "loramill.schemas", "loramill.store"},
+    "producer/run_engines.py": {"loramill.worker", "loramill.schemas"},
+    "producer/run_devices.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/worker_command.py": {"loramill.worker", "loramill.schemas"},
     "producer/mill.py": {"loramill.worker.models", *SETTINGS, "loramill.schemas", "loramill.store"},
     "producer/offers.py": {"loramill.worker.tokenizers", "loramill.schemas", "loramill.store"},
