@@ -167,9 +167,11 @@ class EngineProcess:
         """One life of the child. Returns for how many seconds it was ready, None if it never was."""
         command = shlex.split(os.environ.get(CHILD, "")) or [sys.executable, "-m", "loramill.worker.child"]
         try:
+            # In a group of its own: a terminal's Ctrl-C would end it before it has come to ignore it.
             child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **self.device.environment}
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0,
+                env={**os.environ, **self.device.environment},
+            )  # fmt: skip
         except OSError as error:
             self.failure = Failure(ExitCode.MACHINE, f"the engine cannot be started: {command[0]}: {error.strerror}")
             return None

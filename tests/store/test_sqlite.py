@@ -14,7 +14,7 @@ import pytest
 
 from loramill.schemas.job import JobStatus
 from loramill.store import sqlite_queue
-from loramill.store.errors import StoreError, StoreFull, StoreLost, StoreRefused, StoreUnreachable
+from loramill.store.errors import Fenced, StoreError, StoreFull, StoreLost, StoreRefused, StoreUnreachable
 from loramill.store.sqlite_file import WAL_SAFE
 from loramill.store.sqlite_store import SqliteStore
 from tests.contract.building import a_chunk, a_manifest, a_shard, a_spec, claimed, rows_of, submitted
@@ -235,6 +235,21 @@ def test_what_a_killed_worker_committed_stays_and_the_rest_is_done_by_others(pat
         assert store.job("j").status is JobStatus.COMPLETED
         assert len(rows_of(store, "j")) == store.job("j").completed == 300
         assert set(said.values()) == {1}
+
+
+def test_every_lease_can_be_taken_back_at_once(path: Path) -> None:
+    with SqliteStore(path) as store:
+        submitted(store, "j", a_shard(0), a_shard(1))
+        before = claimed(store)
+        store.commit(before.lease, a_chunk(0, [0]))
+        assert store.take_back() == 1
+        assert store.take_back() == 0
+        with pytest.raises(Fenced):
+            store.commit(before.lease, a_chunk(0, [1]))
+        assert [(shard.state, shard.done, shard.attempts) for shard in store.shards("j")] == [
+            ("ready", 1, 1),
+            ("ready", 0, 0),
+        ]
 
 
 def test_threads_share_one_handle(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loramill.schemas.failures import ExitCode, Failure
-from loramill.worker.devices import Device, count_devices, parse_listing, take_devices, visible
+from loramill.worker.devices import Device, count_devices, parse_listing, take_devices, take_each, visible
 
 LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-aaaa-1)
 GPU 1: NVIDIA H200 (UUID: GPU-bbbb-2)
@@ -91,3 +91,22 @@ def test_what_cannot_be_had(
 def test_without_a_gpu_torch_chooses(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert take_devices("auto") == [Device("auto", "auto")]
+
+
+def test_each_of_a_list(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    taken = take_each("cuda:1, cpu,cpu", "--devices")
+    assert [(device.name, device.option) for device in taken] == [
+        *(("cuda:1", "cuda"), ("cpu:0", "cpu"), ("cpu:1", "cpu")),
+    ]
+    assert [device.environment for device in taken] == [
+        {"CUDA_VISIBLE_DEVICES": "GPU-bbbb"},
+        {"OMP_NUM_THREADS": "4"},
+        {"OMP_NUM_THREADS": "4"},
+    ]
+    assert [device.name for device in take_each("all", "--devices")] == ["cuda:0"], "what is left"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [dict(device.environment) for device in take_each("cpu", "--devices")] == [{}]
+    with pytest.raises(Failure, match="--devices cuda:0: other workers of this machine have cuda:0"):
+        take_each("cuda:0", "--devices")
