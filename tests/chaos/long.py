@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -219,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"seed {given.seed}: --seed {given.seed} makes the same faults again", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="loramill-chaos-"))
     run(folder, seed=given.seed, minutes=given.minutes, rows=given.rows)
+    shutil.rmtree(folder)  # what failed stays
 
 
 if __name__ == "__main__":
