@@ -41,6 +41,7 @@ VALUES = {
     "--max-lora-rank": ("16", 16),
     "--dtype": ("float32", "float32"),
     "--device": ("cpu", "cpu"),
+    "--devices": ("cpu,cpu", "cpu,cpu"),
     "--kv-cache-memory": ("4GiB", 4 * 2**30),
     "--chat-template": ("t.jinja", Path("t.jinja")),
     "--limit": ("10", 10),
