@@ -68,9 +68,12 @@ def test_connections_that_flap_change_nothing(cluster: Cluster, redis_server: Re
     workers = [cluster.worker(**SLOW), cluster.worker(**SLOW)]
     cluster.ready()
     job = cluster.submit(rows)
+    killed = 0
     for finished in range(1, 6):
         cluster.until("more rows finished", lambda finished=finished: cluster.finished(job) >= 16 * finished)
-        assert redis_server.cli("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") > 2
+        # How many there are depends on who has come back from the last time.
+        killed += redis_server.cli("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert killed > 10
     cluster.finish(job, rows)
     assert all(worker.code is None for worker in workers)
     # They take shards of the next job, unaided.
