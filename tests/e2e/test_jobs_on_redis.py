@@ -13,7 +13,7 @@ import pytest
 
 from loramill.producer.cli import main
 from loramill.store.opening import open_store
-from tests.producer.queued import Queue, ids, until_open
+from tests.producer.queued import Queue, ids
 from tests.servers import RedisServer
 
 
@@ -23,6 +23,16 @@ def start(server: RedisServer, folder: Path, *arguments: str) -> subprocess.Pope
         [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, cwd=folder, env={**os.environ, "LORAMILL_STORE": server.url},
     )  # fmt: skip
+
+
+def until_looked(process: subprocess.Popen[str], server: RedisServer) -> None:
+    """Returns when the process has asked for its job, which is what it asks for after all else."""
+    give_up_s = time.monotonic() + 30
+    with server.client() as client:
+        while not any(one["name"] == "loramill" and one["cmd"].startswith("eval") for one in client.client_list()):
+            assert process.poll() is None
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("command", [["wait", "job"], ["results", "job", "--follow", "-o", "out.jsonl"]])
@@ -35,7 +45,7 @@ def test_a_wait_outlives_a_server_that_is_killed(
             queue.submit(rows=8)
             queue.run(shards=1)
         process = start(server, tmp_path, *command)
-        until_open(process, "socket:")
+        until_looked(process, server)
         server.kill()
         time.sleep(2)
         assert process.poll() is None
@@ -73,7 +83,7 @@ def test_a_wait_ends_at_its_timeout_though_the_server_is_away(
         with open_store(server.url) as store:
             Queue(tmp_path, tiny_base, store, server.url).submit(rows=8)
         process = start(server, tmp_path, "wait", "job", "--timeout", "4s")
-        until_open(process, "socket:")
+        until_looked(process, server)
         server.kill()
         _, err = process.communicate(timeout=30)
     assert process.returncode == 124
@@ -87,7 +97,7 @@ def test_an_interrupt_while_the_server_is_away(need_redis: None, tmp_path: Path,
         with open_store(server.url) as store:
             Queue(tmp_path, tiny_base, store, server.url).submit(rows=8)
         process = start(server, tmp_path, "wait", "job")
-        until_open(process, "socket:")
+        until_looked(process, server)
         server.kill()
         time.sleep(1)
         process.send_signal(signal.SIGINT)
@@ -102,7 +112,7 @@ def test_a_server_that_came_back_empty_is_said_loudly(need_redis: None, tmp_path
             Queue(tmp_path, tiny_base, store, server.url).submit(rows=8)
         code = f"from loramill.producer.cli import main\nmain(['wait', 'job', '--store', '{server.url}?volatile=1'])"
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-        until_open(process, "socket:")
+        until_looked(process, server)
         server.kill()
         server.start()
         _, err = process.communicate(timeout=30)

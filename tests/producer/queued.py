@@ -85,7 +85,7 @@ class Queue:
 
 
 def until_open(process: subprocess.Popen[str], what: str) -> None:
-    """Returns when a process has opened a file or a `socket:` like this, and had a moment to go on."""
+    """Returns when a process has opened a file like this, and had a moment to go on."""
     give_up_s = time.monotonic() + 30
     while not any(what in link for link in _links(process.pid)):
         assert process.poll() is None
