@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from tempfile import TemporaryFile
 from typing import BinaryIO, Self, TypeVar, cast
 
@@ -189,7 +190,7 @@ class Producer:
         async for now in self._looks(job.id):
             while start < now.chunks:
                 limit = min(PAGE, now.chunks - start)
-                page = await self._read(lambda start=start, limit=limit: self._store.results(job.id, start, limit))  # type: ignore[misc]
+                page = await self._read(partial(self._store.results, job.id, start, limit))
                 if not page:
                     raise StoreLost(f"job {job.id} had {now.chunks:,} chunks of results, and {start:,} is not there")
                 for chunk in page:

@@ -12,14 +12,14 @@ from typing import Any
 from loramill.producer.announce import announce
 from loramill.producer.interrupts import Interrupts
 from loramill.producer.invalid import InvalidLines
-from loramill.producer.outcomes import exit_code, in_words
+from loramill.producer.jobs import until_ended
+from loramill.producer.outcomes import in_words
 from loramill.producer.progress import counter, note
 from loramill.producer.reader import Input, InputError, open_input
 from loramill.producer.served import Served, opened_here, published
 from loramill.producer.store_options import store_of
 from loramill.producer.submit import Checked, Submitted, check, submit
 from loramill.producer.submit_options import SubmitOptions
-from loramill.producer.waiting import wait_for
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.store.contract import JobStore
 from loramill.worker.base_files import silence_libraries
@@ -36,7 +36,7 @@ def submit_file(options: SubmitOptions) -> ExitCode:
         if hindered:
             note(hindered, quiet=options.quiet)
         _report(done, options)
-        return _wait(store, done, options) if options.wait else ExitCode.OK
+        return until_ended(store, done.job.id) if options.wait else ExitCode.OK
 
 
 def validate_file(options: SubmitOptions) -> ExitCode:
@@ -118,12 +118,3 @@ def _numbers(checked: Checked) -> dict[str, Any]:
         "prompt_tokens": int(index.prompt_tokens.sum()),
         "workers": checked.able().as_data(checked.names),
     }
-
-
-def _wait(store: JobStore, done: Submitted, options: SubmitOptions) -> ExitCode:
-    try:
-        job = wait_for(store, done.job.id, say=note)
-    except KeyboardInterrupt:
-        raise Failure(ExitCode.INTERRUPTED, f"interrupted; job {done.job.id} goes on") from None
-    note(in_words(job), quiet=options.quiet)
-    return exit_code(job)

@@ -97,8 +97,7 @@ class JobStore(ABC):
             # A submit that did not hear of its acceptance abandons an accepted job, which needs its files.
             self.job(job_id)
         except JobNotFound:
-            if self.files is not None:
-                self.files.remove(job_id)
+            self._remove_files(job_id)
 
     # Looking.
 
@@ -141,8 +140,7 @@ class JobStore(ABC):
     def purge(self, job_id: str) -> None:
         """Removes an ended job with all that it has. Raises JobNotFound, or StoreRefused while it has not ended."""
         self._remove(job_id, only_staged=False)
-        if self.files is not None:
-            self.files.remove(job_id)
+        self._remove_files(job_id)
 
     # Working.
 
@@ -257,3 +255,7 @@ class JobStore(ABC):
     def _commit(self, lease: Lease, chunk: Chunk, entry: bytes) -> Committed: ...
     @abstractmethod
     def _put_blob(self, digest: str, data: bytes) -> None: ...
+
+    def _remove_files(self, job_id: str) -> None:
+        if self.files is not None:
+            self.files.remove(job_id)

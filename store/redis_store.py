@@ -188,10 +188,6 @@ class RedisStore(JobStore):
             purged += 1
         return Reaped(leases, expired, len(abandoned), purged)
 
-    def _remove_files(self, job_id: str) -> None:
-        if self.files is not None:
-            self.files.remove(job_id)
-
     def ready(self) -> Mapping[str, int]:
         (bases,) = self._link.read(("SMEMBERS", "bases"))
         names = [base.decode() for base in bases]

@@ -267,10 +267,6 @@ class SqliteStore(JobStore):
             self._manifests[manifest] = Manifest.model_validate_json(found[0])
         return self._manifests[manifest]
 
-    def _remove_files(self, job_id: str) -> None:
-        if self.files is not None:
-            self.files.remove(job_id)
-
 
 def _is(db: sqlite3.Connection, job_id: str, what: str) -> bool:
     return db.execute(f"SELECT 1 FROM jobs WHERE id = ? AND {what}", (job_id,)).fetchone() is not None
