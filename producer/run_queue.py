@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from loramill.schemas.job import Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store.errors import StoreError, StoreFull, StoreLost, StoreRefused
 from loramill.store.packing import Chunk
@@ -35,9 +36,11 @@ class RunQueue(SqliteStore):
         with self._noting():
             super().publish(manifest)
 
-    def claim(self, worker: str, manifest: str, resident: Sequence[str] = ()) -> Claim | None:
+    def claim(
+        self, worker: str, manifest: str, resident: Sequence[str] = (), *, lane: Lane = Lane.BULK
+    ) -> Claim | None:
         with self._noting():
-            return super().claim(worker, manifest, resident)
+            return super().claim(worker, manifest, resident, lane=lane)
 
     def commit(self, lease: Lease, chunk: Chunk) -> Committed:
         with self._noting():

@@ -39,6 +39,14 @@ class JobStatus(StrEnum):
 ENDED = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
 
 
+class Lane(StrEnum):
+    """Which queue a job waits in."""
+
+    BULK = "bulk"
+    ASK = "ask"
+    """A question that somebody waits for: one row, before all others."""
+
+
 class Pinned(BaseModel):
     """What a name stood for when the job was checked."""
 
@@ -81,6 +89,9 @@ class JobSpec(BaseModel):
     input_name: str = "rows"
     input_sha256: str = ""
     retry_of: str | None = None
+    lane: Lane = Lane.BULK
+    owner: str = ""
+    """Whose key it was submitted with; "" of commands, and where there are no keys."""
 
 
 class JobError(BaseModel):

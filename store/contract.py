@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
-from loramill.schemas.job import JobError, JobSpec
+from loramill.schemas.job import JobError, JobSpec, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store.errors import JobNotFound
 from loramill.store.packing import Chunk, pack_shard, unpack_shard
 from loramill.store.part_files import Files
 from loramill.store.parts import fetch, fetch_chunk, keep, keep_chunk, part_name
 from loramill.store.records import (
+    Backlog,
     Claim,
     Committed,
     DoneRow,
@@ -27,12 +28,16 @@ from loramill.store.records import (
     Verdict,
     WorkerRecord,
 )
+from loramill.store.shelf import Shelf
 
 LEASE_S = 30.0
 STAGING_S = 3600.0
 """A submit that adds nothing for this long is taken for dead, and what it stored is removed."""
 RETENTION_S = 7 * 86400.0
 """How long an ended job's input and results are kept."""
+ASK_RETENTION_S = 300.0
+"""The same for a question, whose answer somebody was waiting for."""
+ASK_SUFFIX = "/ask"
 WORKER_TTL_S = 30.0
 PRIORITY_S = 600.0
 """What one step of priority is worth: as much as having been submitted so much earlier."""
@@ -51,6 +56,11 @@ def rank_s(accepted_s: float, priority: int, expires_s: float | None) -> float:
     below its own + AFFINITY_S, of which no more come once their time has passed."""
     rank = accepted_s - PRIORITY_S * priority
     return rank if expires_s is None else min(rank, expires_s - DEADLINE_LEAD_S)
+
+
+def queue_of(base_id: str, lane: Lane) -> str:
+    """The name of the queue in which a job's shards wait."""
+    return base_id + ASK_SUFFIX if lane is Lane.ASK else base_id
 
 
 class JobStore(ABC):
@@ -107,7 +117,7 @@ class JobStore(ABC):
 
     @abstractmethod
     def jobs(self, *, after: str | None = None, limit: int = 20) -> list[Job]:
-        """The newest first; those older than `after`, a job's id. Raises JobNotFound for it."""
+        """The newest first, questions left out; those older than `after`, a job's id. Raises JobNotFound for it."""
 
     @abstractmethod
     def shards(self, job_id: str) -> list[ShardInfo]:
@@ -145,11 +155,13 @@ class JobStore(ABC):
     # Working.
 
     @abstractmethod
-    def claim(self, worker: str, manifest: str, resident: Sequence[str] = ()) -> Claim | None:
-        """The ready shard that suits a worker best, leased to it: among those that its published `manifest` can serve
-        the one with the lowest `rank_s - AFFINITY_S * share`, where share is the part of the shard's adapters that are
-        `resident` (1 for a shard of the base alone). Looked at are the first HEAD by rank and the first PER_ADAPTER
-        of each resident adapter; of equals the lower rank, then job id, then number. None if nothing suits.
+    def claim(
+        self, worker: str, manifest: str, resident: Sequence[str] = (), *, lane: Lane = Lane.BULK
+    ) -> Claim | None:
+        """The ready shard of a lane that suits a worker best, leased to it: among those that its published `manifest`
+        can serve the one with the lowest `rank_s - AFFINITY_S * share`, where share is the part of the shard's adapters
+        that are `resident` (1 for a shard of the base alone). Looked at are the first HEAD by rank and the first
+        PER_ADAPTER of each resident adapter; of equals the lower rank, then job id, then number. None if nothing suits.
 
         Raises StoreLost if the manifest is not there.
         """
@@ -185,7 +197,11 @@ class JobStore(ABC):
 
     @abstractmethod
     def ready(self) -> Mapping[str, int]:
-        """How many shards wait to be claimed, by base_id."""
+        """How many shards of the bulk lane wait to be claimed, by base_id."""
+
+    @abstractmethod
+    def backlog(self) -> Mapping[str, Backlog]:
+        """What of the bulk lane waits to be claimed, by base_id, in full."""
 
     # Who serves what.
 
@@ -224,6 +240,11 @@ class JobStore(ABC):
         """Whether it is there."""
 
     # The store itself.
+
+    @property
+    @abstractmethod
+    def shelf(self) -> Shelf:
+        """What it keeps beside jobs."""
 
     @abstractmethod
     def info(self) -> StoreInfo:

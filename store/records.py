@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from loramill.schemas.job import JobError, JobSpec, JobStatus
 
@@ -172,6 +173,21 @@ class WorkerRecord:
     rows_done: int = 0
     restarts: int = 0
     """Times its engine died."""
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    """What its engines counted since it started; see `worker/worker_stats.py`."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Names of adapters that it was told to load and cannot serve -> why."""
+
+
+@dataclass(slots=True, frozen=True)
+class Backlog:
+    """Shards that wait to be claimed."""
+
+    shards: int
+    rows: int
+    """Of these shards, without a result."""
+    oldest_ms: int
+    """When the first of their jobs was accepted."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -204,3 +220,5 @@ class StoreInfo:
     pending_rows: int
     """Rows of accepted jobs that have no result yet."""
     warnings: tuple[str, ...] = ()
+    leases_expired: int = 0
+    """Leases that were ever taken back because they had run out."""

@@ -13,7 +13,7 @@ from loramill.store.errors import StoreError, StoreFull, StoreLost, StoreRefused
 from loramill.store.files import fsync_folder
 
 APPLICATION_ID = 0x6C6D716A  # "lmqj"
-FORMAT = 1
+FORMAT = 2
 BUSY_S = 5.0
 WAL_SAFE = (3, 51, 3)
 """Before it, two connections that checkpoint at once can corrupt a WAL database."""
@@ -30,8 +30,9 @@ _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE jobs (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, status TEXT NOT NULL,
-    created_ms INTEGER NOT NULL, touched_ms INTEGER NOT NULL, accepted_ms INTEGER, expires_ms INTEGER,
-    ended_ms INTEGER, cancelled_ms INTEGER, errors TEXT NOT NULL DEFAULT '[]', total INTEGER NOT NULL DEFAULT 0,
+    created_ms INTEGER NOT NULL, touched_ms INTEGER NOT NULL, lane TEXT NOT NULL, accepted_ms INTEGER,
+    expires_ms INTEGER, ended_ms INTEGER, cancelled_ms INTEGER,
+    errors TEXT NOT NULL DEFAULT '[]', total INTEGER NOT NULL DEFAULT 0,
     completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0, prompt_tokens INTEGER NOT NULL DEFAULT 0,
     completion_tokens INTEGER NOT NULL DEFAULT 0, shards INTEGER NOT NULL DEFAULT 0,
     shards_done INTEGER NOT NULL DEFAULT 0, chunks INTEGER NOT NULL DEFAULT 0, events INTEGER NOT NULL DEFAULT 0);
@@ -62,6 +63,17 @@ CREATE TABLE events (job TEXT, number INTEGER, at_ms INTEGER NOT NULL, what TEXT
 CREATE TABLE manifests (sequence INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, manifest TEXT NOT NULL);
 CREATE TABLE workers (id TEXT PRIMARY KEY, heard_ms INTEGER NOT NULL, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE blobs (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE records (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, id TEXT NOT NULL, owner TEXT NOT NULL,
+    data BLOB NOT NULL, size INTEGER NOT NULL, version INTEGER NOT NULL, created_ms INTEGER NOT NULL,
+    expires_ms INTEGER, UNIQUE (kind, id));
+CREATE INDEX records_of ON records (kind, owner, sequence);
+CREATE INDEX records_due ON records (kind, expires_ms) WHERE expires_ms IS NOT NULL;
+CREATE TABLE pieces (content TEXT, number INTEGER, kept BLOB NOT NULL, PRIMARY KEY (content, number));
+CREATE TABLE locks (name TEXT PRIMARY KEY, holder TEXT NOT NULL, until_ms INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE said (channel TEXT, number INTEGER, at_ms INTEGER NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (channel, number)) WITHOUT ROWID;
+CREATE INDEX said_at ON said (at_ms);
 """
 # Typed as the columns that it is joined with: SQLite would not use its key otherwise.
 _JUDGED = """
@@ -176,7 +188,9 @@ class Database:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version = {FORMAT}")
-                self._db.executemany("INSERT INTO meta VALUES (?, ?)", [("id", uuid.uuid4().hex), ("leases", 0)])
+                self._db.executemany(
+                    "INSERT INTO meta VALUES (?, ?)", [("id", uuid.uuid4().hex), ("leases", 0), ("expired", 0)]
+                )
             self._db.execute("COMMIT")
         finally:
             if self._db.in_transaction:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from loramill.schemas.job import JobError, JobSpec, JobStatus
-from loramill.store.contract import rank_s
+from loramill.schemas.job import JobError, JobSpec, JobStatus, Lane
+from loramill.store.contract import queue_of, rank_s
 from loramill.store.errors import JobNotFound, StoreRefused
 from loramill.store.packing import Chunk
 from loramill.store.records import Job, NewShard, ShardInfo, ShardState
@@ -40,8 +40,8 @@ def newest(db: sqlite3.Connection, after: str | None, limit: int) -> list[Job]:
         if found is None:
             raise _not_found(after)
         before = found[0]
-    query = f"SELECT {_COLUMNS} FROM jobs WHERE ? IS NULL OR sequence < ? ORDER BY sequence DESC LIMIT ?"
-    return [_job(row) for row in db.execute(query, (before, before, limit))]
+    query = f"SELECT {_COLUMNS} FROM jobs WHERE lane = ? AND (? IS NULL OR sequence < ?) ORDER BY sequence DESC LIMIT ?"
+    return [_job(row) for row in db.execute(query, (Lane.BULK, before, before, limit))]
 
 
 def must_exist(db: sqlite3.Connection, job_id: str) -> None:
@@ -55,8 +55,8 @@ def stage(db: sqlite3.Connection, spec: JobSpec, now_ms: int) -> None:
     if db.execute("SELECT 1 FROM jobs WHERE id = ?", (spec.id,)).fetchone():
         raise StoreRefused(f"there is a job {spec.id} already")
     db.execute(
-        "INSERT INTO jobs (id, spec, status, created_ms, touched_ms) VALUES (?, ?, ?, ?, ?)",
-        (spec.id, spec.model_dump_json(), JobStatus.VALIDATING, now_ms, now_ms),
+        "INSERT INTO jobs (id, spec, status, created_ms, touched_ms, lane) VALUES (?, ?, ?, ?, ?, ?)",
+        (spec.id, spec.model_dump_json(), JobStatus.VALIDATING, now_ms, now_ms, spec.lane),
     )
     note(db, spec.id, "staged", now_ms)
 
@@ -77,7 +77,15 @@ def add_shard(db: sqlite3.Connection, job: Job, shard: NewShard, kept: bytes) ->
     added = db.execute(
         "INSERT INTO shards (job, number, base_id, need, state, rows, done)"
         " SELECT ?, ?, ?, id, ?, ?, zeroblob(?) FROM needs WHERE adapters = ? ON CONFLICT DO NOTHING",
-        (job.id, shard.number, job.spec.base_id, ShardState.STAGED, rows, (rows + 7) // 8, adapters),
+        (
+            job.id,
+            shard.number,
+            queue_of(job.spec.base_id, job.spec.lane),
+            ShardState.STAGED,
+            rows,
+            (rows + 7) // 8,
+            adapters,
+        ),
     ).rowcount
     if added:
         db.execute("INSERT INTO inputs VALUES (?, ?, ?)", (job.id, shard.number, kept))

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import orjson
 
+from loramill.schemas.job import Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store import sqlite_jobs as jobs
-from loramill.store.contract import AFFINITY_S, HEAD, PER_ADAPTER
+from loramill.store.contract import AFFINITY_S, HEAD, PER_ADAPTER, queue_of
 from loramill.store.errors import Fenced
 from loramill.store.packing import Chunk
 from loramill.store.records import Claim, Committed, Lease, ShardState, Verdict
@@ -32,13 +33,13 @@ ORDER BY w.rank, w.job, w.number LIMIT ?
 _HELD = "job = ? AND number = ? AND state = 'leased' AND counter = ? AND deadline_ms >= ?"
 
 
-def choose(db: sqlite3.Connection, manifest: Manifest, resident: Iterable[str]) -> tuple[str, int] | None:
+def choose(db: sqlite3.Connection, manifest: Manifest, resident: Iterable[str], lane: Lane) -> tuple[str, int] | None:
     """The ready shard, (job, number), that suits best; as `JobStore.claim` says."""
     _judge(db, manifest)
-    slots = set(resident)
-    looked_at = list(db.execute(_HEAD, (manifest.base_id, manifest.id, HEAD)))
+    slots, base = set(resident), queue_of(manifest.base_id, lane)
+    looked_at = list(db.execute(_HEAD, (base, manifest.id, HEAD)))
     for key in slots:
-        looked_at += db.execute(_FOR_ADAPTER, (manifest.base_id, key, manifest.id, PER_ADAPTER))
+        looked_at += db.execute(_FOR_ADAPTER, (base, key, manifest.id, PER_ADAPTER))
 
     def preference(place: tuple[float, str, int, str]) -> tuple[float, float, str, int]:
         rank, job, number, adapters = place

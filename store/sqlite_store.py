@@ -11,15 +11,24 @@ from pathlib import Path
 
 import orjson
 
-from loramill.schemas.job import JobError, JobSpec, JobStatus
+from loramill.schemas.job import JobError, JobSpec, JobStatus, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store import sqlite_jobs as jobs
 from loramill.store import sqlite_queue as queue
-from loramill.store.contract import LEASE_S, RETENTION_S, STAGING_S, WORKER_TTL_S, JobStore
+from loramill.store.contract import (
+    ASK_RETENTION_S,
+    ASK_SUFFIX,
+    LEASE_S,
+    RETENTION_S,
+    STAGING_S,
+    WORKER_TTL_S,
+    JobStore,
+)
 from loramill.store.errors import JobNotFound, StoreError, StoreLost, StoreRefused
 from loramill.store.packing import Chunk
 from loramill.store.part_files import Files
 from loramill.store.records import (
+    Backlog,
     Claim,
     Committed,
     Event,
@@ -33,6 +42,7 @@ from loramill.store.records import (
     WorkerRecord,
 )
 from loramill.store.sqlite_file import Database
+from loramill.store.sqlite_shelf import SqliteShelf
 
 
 class SqliteStore(JobStore):
@@ -56,6 +66,7 @@ class SqliteStore(JobStore):
         super().__init__(files)
         self._lease_s, self._retention_ms, self._clock = lease_s, round(retention_s * 1000), clock
         self._database = Database(Path(path), create=create)
+        self._shelf = SqliteShelf(self._database, files, self._now_ms)
         self._manifests: dict[str, Manifest] = {}
 
     def stage(self, spec: JobSpec) -> None:
@@ -134,9 +145,11 @@ class SqliteStore(JobStore):
                 raise StoreRefused(f"the job {job_id} has not ended: cancel it first")
             jobs.remove(db, job_id)
 
-    def claim(self, worker: str, manifest: str, resident: Sequence[str] = ()) -> Claim | None:
+    def claim(
+        self, worker: str, manifest: str, resident: Sequence[str] = (), *, lane: Lane = Lane.BULK
+    ) -> Claim | None:
         with self._database.write() as db:
-            place = queue.choose(db, self._manifest(db, manifest), resident)
+            place = queue.choose(db, self._manifest(db, manifest), resident, lane)
             return None if place is None else queue.lease(db, *place, worker, self._now_ms(), self._lease_s)
 
     def reclaim(self, worker: str, lease: Lease) -> Claim | None:
@@ -166,8 +179,9 @@ class SqliteStore(JobStore):
     def reap(self) -> Reaped:
         now_ms = self._now_ms()
         with self._database.read() as db:
-            query = "SELECT id FROM jobs WHERE ended_ms <= ?"
-            old = [job_id for (job_id,) in db.execute(query, (now_ms - self._retention_ms,))]
+            query = "SELECT id FROM jobs WHERE ended_ms <= ? OR ended_ms <= ? AND lane = ?"
+            asked_ms = now_ms - round(ASK_RETENTION_S * 1000)
+            old = [job_id for (job_id,) in db.execute(query, (now_ms - self._retention_ms, asked_ms, Lane.ASK))]
         for job_id in old:
             # What outlives its entry would never be found again, so the files go first.
             self._remove_files(job_id)
@@ -178,6 +192,7 @@ class SqliteStore(JobStore):
             for (job_id,) in late:
                 jobs.let_go(db, job_id, JobStatus.FINALIZING, now_ms)
             lost = queue.reap_leases(db, now_ms)
+            db.execute("UPDATE meta SET value = value + ? WHERE name = 'expired'", (lost,))
             quiet_ms = now_ms - round(STAGING_S * 1000)
             quiet = db.execute(f"{going} touched_ms <= ?", (JobStatus.VALIDATING, quiet_ms)).fetchall()
             abandoned = [job_id for (job_id,) in quiet]
@@ -195,7 +210,16 @@ class SqliteStore(JobStore):
 
     def ready(self) -> Mapping[str, int]:
         with self._database.read() as db:
-            return dict(db.execute("SELECT base_id, count(*) FROM shards WHERE state = 'ready' GROUP BY base_id"))
+            query = "SELECT base_id, count(*) FROM shards WHERE state = 'ready' AND base_id NOT LIKE ? GROUP BY base_id"
+            return dict(db.execute(query, (f"%{ASK_SUFFIX}",)))
+
+    def backlog(self) -> Mapping[str, Backlog]:
+        with self._database.read() as db:
+            query = (
+                "SELECT s.base_id, count(*), sum(s.rows - s.rows_done), min(j.accepted_ms)"
+                " FROM shards s JOIN jobs j ON j.id = s.job WHERE s.state = 'ready' AND j.lane = ? GROUP BY s.base_id"
+            )
+            return {base_id: Backlog(*said) for base_id, *said in db.execute(query, (Lane.BULK,))}
 
     def publish(self, manifest: Manifest) -> None:
         with self._database.write() as db:
@@ -238,6 +262,10 @@ class SqliteStore(JobStore):
         with self._database.read() as db:
             return db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchone() is not None
 
+    @property
+    def shelf(self) -> SqliteShelf:
+        return self._shelf
+
     def info(self) -> StoreInfo:
         path = self._database.path
         with self._database.read() as db:
@@ -247,8 +275,9 @@ class SqliteStore(JobStore):
             [(pending,)] = db.execute(query, (JobStatus.VALIDATING,))
             used = path.stat().st_size
             limit = used + shutil.disk_usage(path.parent).free
+            [(expired,)] = db.execute("SELECT value FROM meta WHERE name = 'expired'")
         server = f"sqlite {sqlite3.sqlite_version}"
-        return StoreInfo(f"sqlite:///{path}", self._database.id, server, True, used, limit, pending or 0)
+        return StoreInfo(f"sqlite:///{path}", self._database.id, server, True, used, limit, pending or 0, (), expired)
 
     def close(self) -> None:
         self._database.close()

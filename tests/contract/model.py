@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loramill.schemas.job import JobError, JobSpec, JobStatus
+from loramill.schemas.job import JobError, JobSpec, JobStatus, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store.contract import (
     AFFINITY_S,
@@ -190,7 +190,9 @@ class Model(JobStore):
 
     # Working.
 
-    def claim(self, worker: str, manifest: str, resident: Sequence[str] = ()) -> Claim | None:
+    def claim(
+        self, worker: str, manifest: str, resident: Sequence[str] = (), *, lane: Lane = Lane.BULK
+    ) -> Claim | None:
         if manifest not in self._manifests:
             raise StoreLost(f"the manifest {manifest} is not there")
         serves, slots = self._manifests[manifest], set(resident)

@@ -30,13 +30,24 @@ QUEUE_SIDE = {
         *("worker_settings", "durations", "worker_log", "child", "engine_process", "handle", "manifest", "frames"),
     )
 }
+WEB = {
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "python_multipart",
+    "jinja2",
+    "prometheus_client",
+    "httpx2",
+    "pydantic",
+    "orjson",
+}
 ALLOWED = {
     "schemas": {"pydantic", "orjson"},
     "kernels": {"torch", "triton"},
     "store": {"loramill.schemas", "fsspec", "orjson", "redis", "zstandard"},
     "worker": ENGINE,
     "the queue side": {"loramill.schemas", "loramill.store", "orjson", "click", "celery", "kombu", "redis", *ENGINE},
-    "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers"},
+    "producer": {"loramill.schemas", "loramill.store", *SETTINGS, "click", "rich", "zstandard", "transformers", *WEB},
     "producer/local.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/catalogue.py": {"loramill.worker", "loramill.schemas", "click"},
     "producer/doctor_engine.py": {"loramill.worker", "loramill.kernels", "torch"},
