@@ -175,6 +175,15 @@ class ResultFeed(BaseModel):
     """False once the batch's rows have all been given, and no more will come."""
 
 
+class BatchEvent(BaseModel):
+    """Something that happened to a batch's job."""
+
+    number: int
+    at: float
+    """In seconds since 1970."""
+    what: str
+
+
 def window_s(text: str) -> float:
     """Seconds of a completion window. Raises ValueError."""
     found = _WINDOW.fullmatch(text)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from loramill.producer.api.contents import new_id
 from loramill.schemas.job import JobError, JobStatus
+from loramill.store.records import Job
 from loramill.store.shelf import Record, RecordExists, RecordNotFound, Shelf, Usage
 
 _BATCH = "batch"
 _OPEN = "open-batch"
-"""A record for each batch that has not ended, under its id: few, whatever there was before. Its size is the rows."""
-_VALIDATING, _RUNNING = b"validating", b"running"
+"""A record for each batch that has not ended, under its id: few, whatever there was before. It holds the id of the
+batch's job, once that was accepted; its size is the job's rows."""
 _PAGE = 100
 
 
@@ -112,13 +115,18 @@ class Open:
     """A batch that has not ended, or not been put away."""
 
     id: str
-    running: bool
-    """Whether it has a job that was accepted."""
+    job_id: str | None
+    """Of its job, once that was accepted."""
 
 
 def new_batch_id() -> str:
     """Of a batch to come."""
-    return f"batch_{secrets.token_hex(12)}"
+    return new_id("batch", "_")
+
+
+def now_ms(batch: Batch) -> int:
+    """By this machine's clock, and not before the batch was made by the store's."""
+    return max(round(time.time() * 1000), batch.record.created_ms)
 
 
 class Book:
@@ -129,10 +137,9 @@ class Book:
 
     def put(self, id: str, owner: str, data: BatchData) -> Batch:
         """A new one; the one of that id, if it is there."""
-        try:
-            self._shelf.put(_OPEN, id, owner, _VALIDATING)
-        except RecordExists:
-            pass
+        with suppress(RecordExists):
+            # First, for nobody would mind a batch that is not among the open ones.
+            self._shelf.put(_OPEN, id, owner, b"")
         try:
             return Batch(self._shelf.put(_BATCH, id, owner, _bytes(data)), data)
         except RecordExists:
@@ -164,12 +171,12 @@ class Book:
         after: str | None = None
         while page := self._shelf.records(_OPEN, after=after, limit=_PAGE, oldest_first=True):
             for record in page:
-                yield Open(record.id, record.data == _RUNNING)
+                yield Open(record.id, record.data.decode() or None)
             after = page[-1].id
 
-    def runs(self, id: str, rows: int) -> None:
+    def runs(self, id: str, job: Job) -> None:
         """Takes note that an open batch has an accepted job."""
-        self._shelf.replace(self._shelf.get(_OPEN, id), _RUNNING, size=rows)
+        self._shelf.replace(self._shelf.get(_OPEN, id), job.id.encode(), size=job.total)
 
     def put_away(self, id: str) -> None:
         """Takes an ended batch out of the open ones."""
