@@ -36,7 +36,7 @@ def newest(db: sqlite3.Connection, after: str | None, limit: int) -> list[Job]:
     """As `JobStore.jobs`."""
     before = None
     if after is not None:
-        found = db.execute("SELECT sequence FROM jobs WHERE id = ?", (after,)).fetchone()
+        found = db.execute("SELECT sequence FROM jobs WHERE id = ? AND lane = ?", (after, Lane.BULK)).fetchone()
         if found is None:
             raise _not_found(after)
         before = found[0]

@@ -4,7 +4,7 @@ local key = job_key(job)
 -- Sent again, since nobody knew whether it had arrived.
 if call('HGET', key, 'accepted') then return end
 staged(job)
-local had = call('HMGET', key, 'handicap', 'window', 'base', 'top', 'total', 'completed', 'failed')
+local had = call('HMGET', key, 'handicap', 'window', 'base', 'top', 'total', 'completed', 'failed', 'lane')
 local rank, top = now - had[1], tonumber(had[4])
 if had[2] then
   local expires = now + had[2]
@@ -15,7 +15,7 @@ end
 call('HSET', key, 'status', 'in_progress', 'accepted', now, 'rank', rank)
 call('HINCRBY', STORE, 'pending', had[5] - had[6] - had[7])
 call('ZREM', PREFIX .. ':staged', job)
-call('SADD', PREFIX .. ':bases', had[3])
+if had[8] == 'bulk' then call('SADD', PREFIX .. ':bases', had[3]) end
 event(job, 'accepted')
 for number = 0, top - 1 do
   if call('EXISTS', shard_key(job, number)) == 1 then make_ready(job, number) end
