@@ -65,29 +65,37 @@ local function ready_sets(job, number)
   return sets
 end
 
--- One shard more (1) or less (-1) that waits.
-local function count_ready(job, number, change)
+-- So many shards more (or less) that wait, with so many rows that have no result.
+local function count_ready(job, shards, rows)
   local base, accepted = unpack(call('HMGET', job_key(job), 'base', 'accepted'))
-  local had = call('HMGET', shard_key(job, number), 'rows', 'done')
-  add(PREFIX .. ':rows', base, change * (had[1] - had[2]))
-  local left = call('HINCRBY', job_key(job), 'ready', change)
-  if left == 0 then
+  add(PREFIX .. ':rows', base, rows)
+  local waiting = call('HINCRBY', job_key(job), 'ready', shards)
+  if waiting == 0 then
     call('ZREM', PREFIX .. ':waiting:' .. base, job)
-  elseif left == change then
+  elseif waiting == shards then
     call('ZADD', PREFIX .. ':waiting:' .. base, accepted, job)
   end
 end
 
-local function make_ready(job, number)
+local function undone(job, number)
+  local had = call('HMGET', shard_key(job, number), 'rows', 'done')
+  return had[1] - had[2]
+end
+
+local function into_ready(job, number)
   call('HSET', shard_key(job, number), 'state', 'ready')
   local rank = call('HGET', job_key(job), 'rank')
   for _, set in ipairs(ready_sets(job, number)) do call('ZADD', set, rank, shard_name(job, number)) end
-  count_ready(job, number, 1)
+end
+
+local function make_ready(job, number)
+  into_ready(job, number)
+  count_ready(job, 1, undone(job, number))
 end
 
 local function not_ready(job, number)
   for _, set in ipairs(ready_sets(job, number)) do call('ZREM', set, shard_name(job, number)) end
-  count_ready(job, number, -1)
+  count_ready(job, -1, -undone(job, number))
 end
 
 local function end_job(job, status)
