@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import errors, health, session
+from loramill.producer.api import errors, health, job_actions, page, session
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -20,6 +20,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": 
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     session.router,
+    page.router,
+    job_actions.router,
 )
 
 
