@@ -42,6 +42,10 @@ class Failed:
     counted: int = 0
     """Rows among them."""
 
+    def without_words(self) -> Failed:
+        """For somebody who may not read the rows."""
+        return Failed(tuple(Reason(one.code, one.rows, "", None) for one in self.reasons), self.counted)
+
 
 @dataclass(slots=True)
 class _Tally:

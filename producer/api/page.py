@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import loramill
-from loramill.producer.api import page_data
+from loramill.producer.api import page_fleet, page_words
 from loramill.producer.api.chart import HEIGHT, WIDTH
 from loramill.producer.api.context import Api, ApiOf, CallerOf
 from loramill.producer.api.errors import ApiError, not_found, of_store
@@ -56,12 +56,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {name: getattr(page_data, name) for name in ("when", "iso", "short")}
+    made.filters |= {name: getattr(page_words, name) for name in ("when", "iso", "short")}
     made.globals |= {
-        "ago": page_data.ago,
+        "ago": page_words.ago,
+        "left": page_words.left,
         "build": _BUILD,
         "version": loramill.__version__,
-        "shown_adapters": page_data.SHOWN_ADAPTERS,
+        "shown_adapters": page_fleet.SHOWN_ADAPTERS,
         "chart_width": WIDTH,
         "chart_height": HEIGHT,
     }

@@ -5,24 +5,17 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 
 from loramill.producer.api.batch_book import Batch, Book
 from loramill.producer.api.chart import Chart, chart
+from loramill.producer.api.contents import Contents
 from loramill.producer.api.context import Api, Caller
 from loramill.producer.api.errors import not_found
 from loramill.producer.api.failures import Failed, Failures
-from loramill.producer.api.page_data import (
-    AdapterView,
-    JobView,
-    WorkerView,
-    adapter_views,
-    batch_view,
-    job_view,
-    may_see,
-    worker_views,
-)
+from loramill.producer.api.page_data import JobView, batch_view, job_view, may_read, may_see
+from loramill.producer.api.page_fleet import AdapterView, WorkerView, adapter_views, worker_views
 from loramill.producer.api.throughput import Throughput
 from loramill.producer.status import Pace, Status, done, status_of
 from loramill.schemas.job import Lane
@@ -83,7 +76,7 @@ class Reading:
 
     def __init__(self, api: Api, throughput: Throughput) -> None:
         self._store, self._throughput = api.store, throughput
-        self._book = Book(api.shelf)
+        self._book, self._contents = Book(api.shelf), Contents(api.shelf)
         self._failures = Failures(api.store)
 
     def overview(self, caller: Caller, after: After) -> Overview:
@@ -111,6 +104,9 @@ class Reading:
         if job is not None:
             status = status_of(self._store, job, self._store.shards(job.id), self._throughput.pace(job), EVENTS)
         failed = self._failures.of(job) if job is not None else Failed()
+        if not may_read(caller, view.owner):
+            # What is said of lines and rows may quote them.
+            failed, view = failed.without_words(), replace(view, problems=())
         return Detail(view, status, failed, time.time() * 1000)
 
     def find(self, caller: Caller, id: str) -> tuple[Batch | None, Job | None]:
@@ -168,8 +164,7 @@ class Reading:
     def _view(self, caller: Caller, batch: Batch | None, job: Job | None) -> JobView:
         pace = self._throughput.pace(job) if job else Pace(None, None, None)
         if batch is not None:
-            name = job.spec.input_name if job else batch.data.input_file_id
-            return batch_view(batch, job, pace, name, caller)
+            return batch_view(batch, job, pace, job.spec.input_name if job else self._input_of(batch), caller)
         assert job is not None
         return job_view(job, pace, caller)
 
@@ -185,8 +180,16 @@ class Reading:
         except RecordNotFound:
             return None
 
+    def _input_of(self, batch: Batch) -> str:
+        """What its file is called, as long as it is there."""
+        try:
+            return self._contents.find(batch.owner, batch.data.input_file_id).filename
+        except RecordNotFound:
+            return batch.data.input_file_id
+
     def _job_of(self, batch: Batch) -> Job | None:
-        if batch.job_id is None:
+        """Its accepted job, as long as that is kept."""
+        if batch.data.in_progress_ms is None or batch.job_id is None:
             return None
         try:
             return self._store.job(batch.job_id)
