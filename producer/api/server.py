@@ -20,6 +20,8 @@ from loramill.producer.api.app import Application, make_app
 from loramill.producer.api.connection import Connection
 from loramill.producer.api.context import Api, Limits
 from loramill.producer.api.keys import Keys, KeysUnreadable
+from loramill.producer.api.minder import Minder
+from loramill.producer.api.throughput import throughput_of
 from loramill.producer.embedded import EmbeddedWorker
 from loramill.producer.serve_options import ServeOptions
 from loramill.producer.store_options import store_of
@@ -42,7 +44,7 @@ class Part(Protocol):
         """Ends it."""
 
 
-PARTS: tuple[Callable[[Api], Part], ...] = ()
+PARTS: tuple[Callable[[Api], Part], ...] = (Minder, throughput_of)
 
 
 def run_server(options: ServeOptions) -> ExitCode:
