@@ -7,13 +7,16 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 import loramill
-from loramill.producer.api import errors
+from loramill.producer.api import errors, files, uploads
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS: tuple[APIRouter, ...] = (
+    files.router,
+    uploads.router,
+)
 
 
 def make_app(api: Api) -> FastAPI:
