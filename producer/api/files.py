@@ -14,7 +14,7 @@ from loramill.producer.api import ranges
 from loramill.producer.api.contents import Contents, StoredFile, Writing
 from loramill.producer.api.context import Api, ApiOf, Caller, CallerOf
 from loramill.producer.api.errors import ApiError, invalid, not_found
-from loramill.producer.api.intake import in_thread, over_quota, received, room, used
+from loramill.producer.api.receiving import in_thread, over_quota, received, room, used
 from loramill.schemas.file_objects import ExpiresAfter, FileDeleted, FileList, FileObject
 from loramill.store.shelf import RecordNotFound
 

@@ -320,9 +320,9 @@ def test_a_client_that_goes_away_leaves_nothing(live: Live, store: SqliteStore, 
 def test_a_client_that_falls_silent_leaves_nothing(
     live: Live, store: SqliteStore, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loramill.producer.api import intake
+    from loramill.producer.api import receiving
 
-    monkeypatch.setattr(intake, "IDLE_S", 0.5)
+    monkeypatch.setattr(receiving, "IDLE_S", 0.5)
     with begin_upload(live, 2 * len(BIG), BIG) as connection:
         assert b"408" in connection.recv(4096)
     until(lambda: nothing_is_left(store))
