@@ -33,6 +33,8 @@ _ALWAYS = {
     "x-frame-options": "DENY",
 }
 
+_ENDING = ApiError(503, "the server ends; try again", code="server_ends", headers={"retry-after": "2"})
+
 _access = logging.getLogger("loramill.access")
 
 
@@ -79,6 +81,11 @@ class Gate:
             await self._pass(scope, headers, body, say, passing)
         except ApiError as error:
             await error.response()(scope, body.receive, say)
+        except asyncio.CancelledError:
+            if not self._closing.is_set():
+                raise
+            if not passing.status:
+                await _ENDING.response()(scope, body.receive, say)
         except Exception:
             # The application has answered, and said in the log what happened.
             if not passing.status:
