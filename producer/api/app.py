@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import batches, errors, health, session
+from loramill.producer.api import batches, chat, errors, health, models, session
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -19,7 +19,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": 
 
 ROUTERS: tuple[APIRouter, ...] = (
     batches.router,
+    chat.router,
     health.router,
+    models.router,
     session.router,
 )
 

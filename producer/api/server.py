@@ -17,6 +17,7 @@ from typing import Protocol
 import uvicorn
 
 from loramill.producer.api.app import Application, make_app
+from loramill.producer.api.asking import questions_of
 from loramill.producer.api.connection import Connection
 from loramill.producer.api.context import Api, Limits
 from loramill.producer.api.keys import Keys, KeysUnreadable
@@ -42,7 +43,7 @@ class Part(Protocol):
         """Ends it."""
 
 
-PARTS: tuple[Callable[[Api], Part], ...] = ()
+PARTS: tuple[Callable[[Api], Part], ...] = (questions_of,)
 
 
 def run_server(options: ServeOptions) -> ExitCode:
