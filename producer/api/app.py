@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import batches, errors, files, health, job_actions, page, session, uploads
+from loramill.producer.api import batches, chat, errors, files, health, job_actions, models, page, session, uploads
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -21,7 +21,9 @@ ROUTERS: tuple[APIRouter, ...] = (
     files.router,
     uploads.router,
     batches.router,
+    chat.router,
     health.router,
+    models.router,
     session.router,
     page.router,
     job_actions.router,
