@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 import loramill
-from loramill.producer.api import errors
+from loramill.producer.api import adapters, errors, metrics
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS: tuple[APIRouter, ...] = (adapters.router, metrics.router)
 
 
 def make_app(api: Api) -> FastAPI:
@@ -23,4 +23,5 @@ def make_app(api: Api) -> FastAPI:
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.add_middleware(metrics.CountRequests)
     return app
