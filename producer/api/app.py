@@ -10,7 +10,20 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import batches, chat, errors, files, health, job_actions, models, page, session, uploads
+from loramill.producer.api import (
+    adapters,
+    batches,
+    chat,
+    errors,
+    files,
+    health,
+    job_actions,
+    metrics,
+    models,
+    page,
+    session,
+    uploads,
+)
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -27,6 +40,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     session.router,
     page.router,
     job_actions.router,
+    adapters.router,
+    metrics.router,
 )
 
 
