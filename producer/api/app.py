@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import batches, errors, health, job_actions, page, session
+from loramill.producer.api import batches, errors, files, health, job_actions, page, session, uploads
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -23,6 +23,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     session.router,
     page.router,
     job_actions.router,
+    files.router,
+    uploads.router,
 )
 
 

@@ -22,6 +22,7 @@ from loramill.producer.api.context import Api, Limits
 from loramill.producer.api.keys import Keys, KeysUnreadable
 from loramill.producer.api.minder import Minder
 from loramill.producer.api.throughput import throughput_of
+from loramill.producer.api.tidier import Tidier
 from loramill.producer.embedded import EmbeddedWorker
 from loramill.producer.serve_options import ServeOptions
 from loramill.producer.store_options import store_of
@@ -44,7 +45,7 @@ class Part(Protocol):
         """Ends it."""
 
 
-PARTS: tuple[Callable[[Api], Part], ...] = (Minder, throughput_of)
+PARTS: tuple[Callable[[Api], Part], ...] = (lambda api: Tidier(api.shelf, api.name), Minder, throughput_of)
 
 
 def run_server(options: ServeOptions) -> ExitCode:
