@@ -18,13 +18,13 @@ from loramill.producer.api.gate import Gate
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 ROUTERS: tuple[APIRouter, ...] = (
+    files.router,
+    uploads.router,
     batches.router,
     health.router,
     session.router,
     page.router,
     job_actions.router,
-    files.router,
-    uploads.router,
 )
 
 

@@ -121,7 +121,7 @@ class Open:
 
 def new_batch_id() -> str:
     """Of a batch to come."""
-    return new_id("batch", "_")
+    return new_id("batch_")
 
 
 def now_ms(batch: Batch) -> int:

@@ -14,8 +14,8 @@ from loramill.producer.api.contents import Contents, StoredFile, Writing, new_id
 from loramill.producer.api.context import Api, ApiOf, Caller, CallerOf
 from loramill.producer.api.errors import ApiError, invalid, not_found
 from loramill.producer.api.files import checked_name, checked_purpose, finish, form_body
-from loramill.producer.api.receiving import in_thread, received, room
 from loramill.producer.api.parts import Parts, file_id_of
+from loramill.producer.api.receiving import in_thread, received, room
 from loramill.schemas.file_objects import FileObject, UploadAsked, UploadCompleted, UploadObject, UploadPart
 from loramill.store.shelf import Record, RecordNotFound
 
