@@ -50,16 +50,15 @@ class Live:
 
 
 class Callers:
-    """Who asks, by token: what keys do."""
+    """Who asks, by token: instead of keys in a file."""
 
-    def __init__(self, app: Any, callers: dict[str, Caller]) -> None:
-        self.app, self.callers = app, callers
+    open = False
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"Bearer ").decode().removeprefix("Bearer ")
-            scope.setdefault("state", {})["caller"] = self.callers.get(given, Caller(given, operator=False))
-        await self.app(scope, receive, send)
+    def __init__(self, callers: dict[str, Caller]) -> None:
+        self._callers = callers
+
+    def caller(self, token: str | None) -> Caller | None:
+        return self._callers.get(token, Caller(token, operator=False)) if token else None
 
 
 @contextmanager
@@ -67,7 +66,8 @@ def serving(api: Api) -> Iterator[Live]:
     """A server of `api` in a thread."""
     port = free_port()
     live = Live(api, f"http://127.0.0.1:{port}")
-    config = uvicorn.Config(Callers(make_app(api), live.callers), port=port, log_level="error", lifespan="off")
+    api.keys = cast(Any, Callers(live.callers))
+    config = uvicorn.Config(make_app(api), port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
