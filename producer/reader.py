@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 import zstandard
 
+from loramill.schemas.errors import ErrorCode
 from loramill.schemas.request import MAX_LINE_BYTES
 
 _GZIP = b"\x1f\x8b"
@@ -33,6 +34,10 @@ _MAX_RATIO = 1000
 
 class InputError(Exception):
     """The input as a whole cannot be used; the message is one line that names the file."""
+
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Input:
@@ -85,7 +90,7 @@ class Input:
                 yield number, start, line
         self._sha256 = digest.hexdigest()
         if empty:
-            raise InputError(f"{self.name}: the file is empty")
+            raise InputError(f"{self.name}: the file is empty", ErrorCode.EMPTY_FILE)
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes of one line again. Raises InputError when the file has changed since it was opened."""
@@ -118,7 +123,7 @@ class Input:
 
     def _refuse_wide(self, raw: bytes) -> None:
         if raw.startswith(_WIDE_BOMS):
-            raise InputError(f"{self.name}:1: the file is UTF-16; save it as UTF-8")
+            raise InputError(f"{self.name}:1: the file is UTF-16; save it as UTF-8", ErrorCode.INVALID_JSON_LINE)
 
 
 def open_input(path: str, spool_dir: str) -> Input:

@@ -34,17 +34,19 @@ def validate(
     names: Names,
     max_mix: int,
     max_rows: int | None = None,
+    endpoint: str | None = None,
     on_invalid: OnInvalid | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Index:
     """Check every line of `source` (or its first `max_rows` rows) and index the valid ones.
 
     prompter: the base's.  names: what rows may name.
-    max_mix: the most adapters that one row may mix (--max-loras-per-batch).
+    max_mix: the most adapters that one row may mix (--max-loras-per-batch).  endpoint: the only `url` that a line may
+    have, if there is one.
     `on_invalid` hears of every invalid line, not quite in order (duplicates come last); `on_progress` of the number of
     rows done, some times a second. Raises InputError when the input as a whole is unusable.
     """
-    scan = _Scan(source, Prompters(prompter, names), max_mix, on_invalid)
+    scan = _Scan(source, Prompters(prompter, names), max_mix, endpoint, on_invalid)
     batch_bytes = 0
     for number, offset, raw in source.lines():
         if max_rows is not None and scan.rows == max_rows:
@@ -71,6 +73,7 @@ class _Scan:
         source: Input,
         prompters: Prompters,
         max_mix: int,
+        endpoint: str | None,
         on_invalid: OnInvalid | None,
     ) -> None:
         self._source = source
@@ -78,6 +81,7 @@ class _Scan:
         self._names = prompters.names
         self._route_fields = prompters.names.route_fields
         self._max_mix = max_mix
+        self._endpoint = endpoint
         self._mixes: dict[Uses, int] = {(): -1}
         self._on_invalid = on_invalid
         self._line = array("q")
@@ -125,6 +129,7 @@ class _Scan:
         self._id_hash.append(hash(row.custom_id))
         self._mix.append(_INVALID)
         try:
+            self._check_endpoint(row)
             uses = self._resolve(row)
             self._check_vocabulary(row.params, uses)
         except LineError as error:
@@ -188,6 +193,11 @@ class _Scan:
             problem_count=self._problem_count,
             problems=self._first_problems(),
         )
+
+    def _check_endpoint(self, row: Row) -> None:
+        if self._endpoint not in (None, row.endpoint):
+            message = f"`url` is {row.endpoint}, and the batch's endpoint is {self._endpoint}"
+            raise LineError(ErrorCode.URL_MISMATCH, message, "url")
 
     def _resolve(self, row: Row) -> Uses:
         uses = self._names.resolve(row)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import errors, health, session
+from loramill.producer.api import batches, errors, health, session
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -18,6 +18,7 @@ from loramill.producer.api.gate import Gate
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 ROUTERS: tuple[APIRouter, ...] = (
+    batches.router,
     health.router,
     session.router,
 )
