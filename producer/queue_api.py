@@ -10,16 +10,14 @@ from functools import partial
 from tempfile import TemporaryFile
 from typing import BinaryIO, Self, TypeVar, cast
 
-import numpy as np
-
 from loramill.producer.announce import announce
 from loramill.producer.ask import Ask, OnInvalid, new_id
-from loramill.producer.collect import Seen, pick
+from loramill.producer.collect import Seen, pick, put
 from loramill.producer.generated import Generated, generated
 from loramill.producer.given_rows import Given, Stop, given_input, stoppable
 from loramill.producer.reader import InputError
 from loramill.producer.served import Served, published
-from loramill.producer.spool import Spool
+from loramill.producer.spool import InOrder, Spool
 from loramill.producer.submit import Submitted, submit
 from loramill.producer.waiting import AWAY_S, LEAST_S, MOST_S, PAGE
 from loramill.schemas.failures import ExitCode, Failure
@@ -140,17 +138,13 @@ class Producer:
                     yield generated(row.row, row.line)
             return
         with TemporaryFile() as file:
-            spool, next_ = Spool(job.total, cast(BinaryIO, file)), 0
+            in_order = InOrder(Spool(job.total, cast(BinaryIO, file)))
             async for chunk in chunks:
-                index = chunk.index
-                rows = index["row"].astype(np.int64)
-                await asyncio.to_thread(spool.add, rows, index["length"], index["failed"] != 0, chunk.lines)
-                has = spool.has
-                while next_ < job.total and has[next_]:
-                    yield _spooled(spool, next_)
-                    next_ += 1
-            for late in np.flatnonzero(spool.has[next_:]).tolist():
-                yield _spooled(spool, next_ + late)
+                await asyncio.to_thread(put, in_order.spool, chunk)
+                for number, line in in_order.ready():
+                    yield generated(number, line)
+            for number, line in in_order.rest():
+                yield generated(number, line)
 
     async def cancel(self, job_id: str) -> Job:
         """Starts no more rows of it; results that there are stay. Raises JobNotFound."""
@@ -230,7 +224,3 @@ def _as_errors() -> Iterator[None]:
     except Failure as error:
         is_theirs = error.code in (ExitCode.INPUT, ExitCode.USAGE)
         raise (ValueError if is_theirs else StoreError)(str(error)) from error
-
-
-def _spooled(spool: Spool, row: int) -> Generated:
-    return generated(row, b"".join(spool.lines(np.array([row]))))
