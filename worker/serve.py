@@ -60,7 +60,7 @@ class Crew:
 
     @property
     def _works(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
+        return any(thread.is_alive() for thread in self._threads) or not self._node.idle
 
     def _poll(self) -> None:
         while not self._node.drain.asked:

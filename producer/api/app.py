@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import batches, errors, health, session
+from loramill.producer.api import batches, errors, files, health, job_actions, page, session, uploads
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -18,9 +18,13 @@ from loramill.producer.api.gate import Gate
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 ROUTERS: tuple[APIRouter, ...] = (
+    files.router,
+    uploads.router,
     batches.router,
     health.router,
     session.router,
+    page.router,
+    job_actions.router,
 )
 
 

@@ -17,8 +17,9 @@ from loramill.producer.api.bodies import Body
 from loramill.producer.api.context import Api, Caller
 from loramill.producer.api.errors import ApiError
 from loramill.producer.api.origins import check_host, check_origin
+from loramill.producer.api.page import login_page
 from loramill.producer.api.rates import Rate, Rates
-from loramill.producer.api.session import COOKIE, Sessions, cookie_of, sign_in_page
+from loramill.producer.api.session import COOKIE, Sessions, cookie_of
 
 FREE = frozenset({"/healthz", "/readyz"})
 """Paths that ask for no key, and are not written down."""
@@ -99,7 +100,7 @@ class Gate:
             caller = await self._caller(headers, method)
             if caller is None:
                 if path in ("/", "/login") and method in ("GET", "HEAD"):
-                    return await sign_in_page(401)(scope, body.receive, say)
+                    return await login_page()(scope, body.receive, say)
                 if (path, method) != ("/login", "POST"):
                     raise _nobody(headers)
             else:

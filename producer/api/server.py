@@ -9,14 +9,14 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 
 from loramill.producer.api.app import Application, make_app
+from loramill.producer.api.background import Part, parts_of
 from loramill.producer.api.connection import Connection
 from loramill.producer.api.context import Api, Limits
 from loramill.producer.api.keys import Keys, KeysUnreadable
@@ -30,19 +30,6 @@ FINISH_S = 10
 KEEP_ALIVE_S = 20
 BACKLOG = 512
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-
-
-class Part(Protocol):
-    """Something that runs beside the requests."""
-
-    def start(self) -> None:
-        """Begins, in a thread of its own."""
-
-    def close(self) -> None:
-        """Ends it."""
-
-
-PARTS: tuple[Callable[[Api], Part], ...] = ()
 
 
 def run_server(options: ServeOptions) -> ExitCode:
@@ -61,12 +48,13 @@ def run_server(options: ServeOptions) -> ExitCode:
             prefix=options.store_prefix, name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
         )  # fmt: skip
         hosts = {*_LOOPBACK, _written(options.host).lower()} if keys.open else None
+        parts = parts_of(api, options)
         server = _Server(make_app(api, hosts), _url(options.host, listener))
         stopping.server = server
         if options.embedded:
             _start(EmbeddedWorker(options.worker, server.fail), stack)
-        for part in PARTS:
-            _start(part(api), stack)
+        for part in parts:
+            _start(part, stack)
         server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure

@@ -25,7 +25,7 @@ QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
-        *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
+        *("shard_runner", "shard", "twins", "result_lines", "deltas", "loading", "serving", "express"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
         *(
             "worker_settings",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.producer.api import contents
+from loramill.producer.api import contents, writing
 from loramill.producer.api.contents import Contents, ContentTooLong
 from loramill.store.errors import StoreFull
 from loramill.store.part_files import Files
@@ -48,9 +48,9 @@ def left(store: SqliteStore, tmp_path: Path) -> tuple[int, int]:
 
 
 def write(contents: Contents, data: bytes, owner: str = "ann", name: str = "in.jsonl", **more: object) -> str:
-    with contents.begin(owner, name, "batch", **more) as writing:  # type: ignore[arg-type]
-        writing.write(data)
-        return writing.finish().id
+    with contents.begin(owner, name, "batch", **more) as new:  # type: ignore[arg-type]
+        new.write(data)
+        return new.finish().id
 
 
 BIG = bytes(range(256)) * (PIECE_BYTES // 100)
@@ -58,10 +58,10 @@ BIG = bytes(range(256)) * (PIECE_BYTES // 100)
 
 def test_what_was_written_is_read(store: SqliteStore, tmp_path: Path, clock: Clock) -> None:
     files = Contents(store.shelf)
-    with files.begin("ann", "in.jsonl", "batch") as writing:
+    with files.begin("ann", "in.jsonl", "batch") as new:
         for start in range(0, len(BIG), 70_001):
-            writing.write(BIG[start : start + 70_001])
-        file = writing.finish()
+            new.write(BIG[start : start + 70_001])
+        file = new.finish()
     assert file == files.find("ann", file.id)
     assert (file.bytes, file.sha256) == (len(BIG), hashlib.sha256(BIG).hexdigest())
     assert (file.created_at, file.expires_at, file.filename, file.purpose) == (1_000_000, None, "in.jsonl", "batch")
@@ -87,12 +87,12 @@ def test_an_empty_file(store: SqliteStore) -> None:
 
 def test_it_is_there_once_it_is_finished(store: SqliteStore, tmp_path: Path) -> None:
     files = Contents(store.shelf)
-    with files.begin("ann", "in.jsonl", "batch") as writing:
-        writing.write(BIG)
+    with files.begin("ann", "in.jsonl", "batch") as new:
+        new.write(BIG)
         with pytest.raises(RecordNotFound):
-            files.find("ann", writing.id)
+            files.find("ann", new.id)
         with pytest.raises(RecordNotFound):
-            files.remove("ann", writing.id)
+            files.remove("ann", new.id)
         assert files.list("ann") == ([], False)
     assert left(store, tmp_path) == (0, 0)
     assert store.shelf.usage("file", "ann").count == 0
@@ -102,21 +102,21 @@ def test_what_a_crash_leaves_is_found(store: SqliteStore, tmp_path: Path, clock:
     files = Contents(store.shelf)
     files.begin("ann", "in.jsonl", "batch").write(BIG)
     assert files.tidy() == 0
-    clock.now += contents.UNFINISHED_S + 1
+    clock.now += writing.UNFINISHED_S + 1
     assert files.tidy() == 1
     assert left(store, tmp_path) == (0, 0)
 
 
 def test_who_writes_slowly_keeps_it(store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "RENEW_S", 0)
+    monkeypatch.setattr(writing, "RENEW_S", 0)
     files = Contents(store.shelf)
-    with files.begin("ann", "in.jsonl", "batch") as writing:
+    with files.begin("ann", "in.jsonl", "batch") as new:
         for _ in range(3):
-            clock.now += contents.UNFINISHED_S - 1
-            writing.write(b"{}\n")
+            clock.now += writing.UNFINISHED_S - 1
+            new.write(b"{}\n")
             assert files.tidy() == 0
         assert store.shelf.usage("file", "ann").size == 9
-        writing.finish()
+        new.finish()
 
 
 def test_whose_time_is_up(store: SqliteStore, tmp_path: Path, clock: Clock) -> None:
@@ -180,7 +180,7 @@ def test_only_the_last_of_two_writers_finishes(store: SqliteStore, tmp_path: Pat
         second.finish()
     assert b"".join(files.read(files.find("ann", "file-1"))) == b"second"
     files.begin("ann", "in.jsonl", "batch", id="file-2").write(BIG)
-    clock.now += contents.UNFINISHED_S + 1
+    clock.now += writing.UNFINISHED_S + 1
     write(files, b"third", id="file-2")  # in place of one that is overdue
     assert b"".join(files.read(files.find("ann", "file-2"))) == b"third"
     assert left(store, tmp_path)[0] == 2
@@ -194,8 +194,8 @@ def test_pages_of_what_is_finished(store: SqliteStore, monkeypatch: pytest.Monke
         ids.append(write(files, b"{}\n", name=f"{number}.jsonl"))
         files.begin("ann", "unfinished.jsonl", "batch")
         write(files, b"{}\n", owner="bob")
-    with files.begin("ann", "out.jsonl", "batch_output") as writing:
-        output = writing.finish().id
+    with files.begin("ann", "out.jsonl", "batch_output") as new:
+        output = new.finish().id
     page, more = files.list("ann", limit=4, oldest_first=True)
     assert ([file.id for file in page], more) == (ids[:4], True)
     page, more = files.list("ann", limit=7, after=ids[3], oldest_first=True)
