@@ -11,8 +11,10 @@ import httpx2
 
 from loramill.producer.generated import Generated, Row
 from loramill.producer.remote import objects, questions, submits
+from loramill.producer.remote.async_client import AsyncChat, AsyncClient
 from loramill.producer.remote.downloads import fetched, whole
 from loramill.producer.remote.drivers import Driver
+from loramill.producer.remote.errors import ClientError, Damaged, Refused, Unreachable
 from loramill.producer.remote.follow import looked, ordered_results, results, waited, watched, written
 from loramill.producer.remote.objects import Model
 from loramill.producer.remote.questions import Delta, Message, Prompt, Talk
@@ -24,7 +26,15 @@ from loramill.schemas.file_objects import FileObject
 from loramill.store.files import atomic_writer
 
 __all__ = [
-    *("AsyncChat", "AsyncClient", "Chat", "Client", "ClientError", "Damaged", "Delta", "Refused", "Unreachable"),
+    "AsyncChat",
+    "AsyncClient",
+    "Chat",
+    "Client",
+    "ClientError",
+    "Damaged",
+    "Delta",
+    "Refused",
+    "Unreachable",
 ]
 
 

@@ -24,6 +24,8 @@ from loramill.schemas.batch_objects import BatchObject, Endpoint
 from loramill.schemas.request import MAX_LINE_BYTES
 
 ROWS_NAME = "rows.jsonl"
+CHAT: Endpoint = "/v1/chat/completions"
+TEXT: Endpoint = "/v1/completions"
 Source: TypeAlias = tuple[BinaryIO, str]
 """An open file, and what it is called."""
 
@@ -63,26 +65,31 @@ def submitted(source: Source, asked: Asked, part_bytes: int, patience_s: float) 
 
 
 def endpoint_of(file: BinaryIO, name: str) -> Endpoint:
-    """Where the first line of an input belongs: by its url, or by what it asks. What is no line may go anywhere: the
-    server says what is wrong with it."""
+    """Where an input belongs: by the url of its first line that can be read, or by what it asks. Without such a line it
+    may go anywhere: the server says what is wrong with it."""
+    for line in _first_lines(file, name):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            return TEXT if row.get("url", TEXT if "prompt" in row else CHAT) == TEXT else CHAT
+    return CHAT
+
+
+def _first_lines(file: BinaryIO, name: str) -> list[bytes]:
     try:
-        line = json.loads(_first_line(file, name))
-        says = line.get("url") or ("/v1/chat/completions" if "messages" in line else "/v1/completions")
-    except (ValueError, AttributeError, OSError, EOFError, zstandard.ZstdError):
-        says = None
-    return "/v1/completions" if says == "/v1/completions" else "/v1/chat/completions"
-
-
-def _first_line(file: BinaryIO, name: str) -> bytes:
-    with open(os.dup(file.fileno()), "rb") as raw:  # noqa: PTH123 (a descriptor)
-        raw.seek(0)
-        lines: BinaryIO | gzip.GzipFile | zstandard.ZstdDecompressionReader = raw
-        if name.endswith(".gz"):
-            lines = gzip.GzipFile(fileobj=raw)
-        elif name.endswith(".zst"):
-            lines = zstandard.ZstdDecompressor().stream_reader(raw)
-        head = lines.read(MAX_LINE_BYTES + 1)
-    return next((one for one in head.removeprefix(b"\xef\xbb\xbf").splitlines() if one.strip()), b"")
+        with os.fdopen(os.dup(file.fileno()), "rb") as raw:
+            raw.seek(0)
+            lines: BinaryIO | gzip.GzipFile | zstandard.ZstdDecompressionReader = raw
+            if name.endswith(".gz"):
+                lines = gzip.GzipFile(fileobj=raw)
+            elif name.endswith(".zst"):
+                lines = zstandard.ZstdDecompressor().stream_reader(raw)
+            head = lines.read(MAX_LINE_BYTES + 1)
+    except (OSError, EOFError, zstandard.ZstdError):
+        return []
+    return head.removeprefix(b"\xef\xbb\xbf").splitlines()
 
 
 @contextmanager

@@ -226,6 +226,7 @@ def test_a_slice_is_a_file_of_its_own(numbers: Any) -> None:
         (b'{"url": "/v1/chat/completions", "body": {}}', "/v1/chat/completions"),
         (b'\xef\xbb\xbf\n  \n{"prompt": "x"}\nnot json', "/v1/completions"),
         (b'{"messages": []}\n', "/v1/chat/completions"),
+        (b'not json\n[1]\n{"prompt": "x"}\n', "/v1/completions"),
         (b"[1]", "/v1/chat/completions"),
         (b"\xff\xfe", "/v1/chat/completions"),
         (b"", "/v1/chat/completions"),
