@@ -12,7 +12,7 @@ from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
 from loramill.schemas.prompters import Prompters
 from loramill.schemas.request import Row, parse_line
-from loramill.schemas.sampling import Params, resolve_max_tokens
+from loramill.schemas.sampling import resolve_max_tokens
 
 from .index import MAX_SHOWN, Index, Problem
 from .reader import Input
@@ -65,6 +65,20 @@ def validate(
     return scan.index()
 
 
+def usable(row: Row, prompters: Prompters, max_mix: int) -> Uses:
+    """The adapters that answer the row, if they can together, and know the tokens that it names. Raises LineError."""
+    names, params = prompters.names, row.params
+    uses = names.resolve(row)
+    if len(uses) > max_mix and len(names.by_hash(uses)) > max_mix:
+        raise invalid(f"a mix of {len(uses)} adapters; --max-loras-per-batch allows {max_mix}", "adapters")
+    size = prompters.of(uses).limits.vocab_size
+    if params.stop_token_ids and max(params.stop_token_ids) >= size:
+        raise invalid(f"`stop_token_ids` holds an id beyond the vocabulary of {size}", "stop_token_ids")
+    if params.logit_bias and max(map(int, params.logit_bias)) >= size:
+        raise invalid(f"`logit_bias` holds an id beyond the vocabulary of {size}", "logit_bias")
+    return uses
+
+
 class _Scan:
     """The columns while they grow: 52 bytes a row."""
 
@@ -78,7 +92,6 @@ class _Scan:
     ) -> None:
         self._source = source
         self._prompters = prompters
-        self._names = prompters.names
         self._route_fields = prompters.names.route_fields
         self._max_mix = max_mix
         self._endpoint = endpoint
@@ -130,8 +143,7 @@ class _Scan:
         self._mix.append(_INVALID)
         try:
             self._check_endpoint(row)
-            uses = self._resolve(row)
-            self._check_vocabulary(row.params, uses)
+            uses = usable(row, self._prompters, self._max_mix)
         except LineError as error:
             error.custom_id = row.custom_id
             self._report(position, error)
@@ -198,20 +210,6 @@ class _Scan:
         if self._endpoint not in (None, row.endpoint):
             message = f"`url` is {row.endpoint}, and the batch's endpoint is {self._endpoint}"
             raise LineError(ErrorCode.URL_MISMATCH, message, "url")
-
-    def _resolve(self, row: Row) -> Uses:
-        uses = self._names.resolve(row)
-        if len(uses) > self._max_mix and len(self._names.by_hash(uses)) > self._max_mix:
-            message = f"a mix of {len(uses)} adapters; --max-loras-per-batch allows {self._max_mix}"
-            raise invalid(message, "adapters")
-        return uses
-
-    def _check_vocabulary(self, params: Params, uses: Uses) -> None:
-        size = self._prompters.of(uses).limits.vocab_size
-        if params.stop_token_ids and max(params.stop_token_ids) >= size:
-            raise invalid(f"`stop_token_ids` holds an id beyond the vocabulary of {size}", "stop_token_ids")
-        if params.logit_bias and max(map(int, params.logit_bias)) >= size:
-            raise invalid(f"`logit_bias` holds an id beyond the vocabulary of {size}", "logit_bias")
 
     def _claim(self, firsts: dict[str, int], position: int) -> None:
         """Read the row's custom_id again (equal hashes prove nothing) and report it if it is taken."""

@@ -29,6 +29,7 @@ from loramill.worker.registry import find
 from loramill.worker.request import AdapterUnavailable, Completion, EngineStats, FinishReason, Request, Result
 from loramill.worker.serving import Change, Served
 from loramill.worker.settings import ModelOptions
+from loramill.worker.specs import check_name
 
 BASE = os.environ.get("STUB_BASE", "stub")
 STEP_S = float(os.environ.get("STUB_STEP_S", "0"))
@@ -287,7 +288,7 @@ class StubOffers:
     blobs: Mapping[str, bytes]
 
     def adding(self, name: str, source: str | None, scale: float | None) -> Change:
-        folder = Path(find(self.options, name, source).text)
+        folder = Path(find(self.options, check_name(name), source).text)
         config = folder / "adapter_config.json"
         if not config.is_file():
             raise ValueError(f"{config}: no such file")

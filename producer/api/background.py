@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from loramill.producer.api.asking import questions_of
 from loramill.producer.api.context import Api
 from loramill.producer.api.minder import Minder
 from loramill.producer.api.throughput import throughput_of
@@ -28,7 +29,7 @@ class Part(Protocol):
 def parts_of(api: Api, options: ServeOptions) -> Sequence[Part]:
     """In the order in which they are started. Raises Failure for settings that cannot be used."""
     webhooks = Webhooks(api, _endpoints(api, options), allow_private=options.webhook_allow_private)
-    return [webhooks, Minder(api, webhooks.owe), Tidier(api.shelf, api.name), throughput_of(api)]
+    return [webhooks, Minder(api, webhooks.owe), Tidier(api.shelf, api.name), throughput_of(api), questions_of(api)]
 
 
 def _endpoints(api: Api, options: ServeOptions) -> Callable[[str], Endpoint | None]:

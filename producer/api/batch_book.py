@@ -174,6 +174,14 @@ class Book:
                 yield Open(record.id, record.data.decode() or None)
             after = page[-1].id
 
+    def is_open(self, id: str) -> bool:
+        """Whether it has not been put away."""
+        try:
+            self._shelf.get(_OPEN, id)
+        except RecordNotFound:
+            return False
+        return True
+
     def runs(self, id: str, job: Job) -> None:
         """Takes note that an open batch has an accepted job."""
         self._shelf.replace(self._shelf.get(_OPEN, id), job.id.encode(), size=job.total)

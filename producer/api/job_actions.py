@@ -17,7 +17,7 @@ from loramill.producer.api.page import reading_of
 from loramill.producer.api.page_data import may_read
 from loramill.producer.collect import Seen, pick, put, put_never_run
 from loramill.producer.retry import retry
-from loramill.producer.spool import Spool
+from loramill.producer.spool import Spool, joined
 from loramill.producer.waiting import chunks
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.store.contract import JobStore
@@ -72,7 +72,7 @@ def _readable(api: Api, caller: Caller, id: str) -> Job:
 
 
 def _lines(api: Api, job: Job, *, failed: bool) -> Response:
-    lines = _spooled(api.store, job, failed=failed)
+    lines = lines_of(api.store, job, failed=failed)
     # Everything is on disk before the first byte goes out: what the store cannot do is then an error, not a short file.
     next(lines)
     name = f"{job.id}{'.errors' if failed else ''}.jsonl"
@@ -80,8 +80,9 @@ def _lines(api: Api, job: Job, *, failed: bool) -> Response:
     return StreamingResponse(lines, headers=headers, media_type="application/jsonl")
 
 
-def _spooled(store: JobStore, job: Job, *, failed: bool) -> Iterator[bytes]:
-    """Nothing first, once all is there; then the lines, a few at a time."""
+def lines_of(store: JobStore, job: Job, *, failed: bool) -> Iterator[bytes]:
+    """A job's answered rows, or its error lines, in input order: nothing first, once all is on disk, and then the
+    lines, some at a time."""
     with closing(tempfile.TemporaryFile()) as file:
         spool, seen = Spool(job.total, cast(BinaryIO, file)), Seen(job.total)
         for chunk in chunks(store, job):
@@ -89,7 +90,7 @@ def _spooled(store: JobStore, job: Job, *, failed: bool) -> Iterator[bytes]:
         if failed:
             put_never_run(store, job, spool)
         yield b""
-        yield from spool.lines(np.flatnonzero(spool.failed if failed else spool.answered))
+        yield from joined(spool.lines(np.flatnonzero(spool.failed if failed else spool.answered)))
 
 
 def _done(request: Request, id: str) -> Response:

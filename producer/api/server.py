@@ -61,15 +61,19 @@ def run_server(options: ServeOptions) -> ExitCode:
     return ExitCode.OK
 
 
+def config_of(app: Application) -> uvicorn.Config:
+    """How uvicorn is to serve it. h11 alone, whatever else is installed: its limits are known."""
+    return uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=FINISH_S, backlog=BACKLOG,
+    )  # fmt: skip
+
+
 class _Server(uvicorn.Server):
     """It says when it listens, and lets others decide when it ends."""
 
     def __init__(self, app: Application, url: str) -> None:
-        config = uvicorn.Config(
-            app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=FINISH_S, backlog=BACKLOG,
-        )  # fmt: skip
-        super().__init__(config)
+        super().__init__(config_of(app))
         self._app, self._url = app, url
         self.failure: Failure | None = None
 
