@@ -21,6 +21,7 @@ from loramill.producer.remote.objects import one
 from loramill.producer.remote.steps import Call, Do, Steps
 from loramill.producer.remote.uploads import upload
 from loramill.schemas.batch_objects import BatchObject, Endpoint
+from loramill.schemas.file_objects import FileObject
 from loramill.schemas.request import MAX_LINE_BYTES
 
 ROWS_NAME = "rows.jsonl"
@@ -57,11 +58,19 @@ def submitted(source: Source, asked: Asked, part_bytes: int, patience_s: float) 
     }
     headers = {"idempotency-key": asked.key or secrets.token_urlsafe(24)}
     try:
-        return (yield from one(BatchObject, Call("POST", "batches", json=body, headers=headers), patience_s))
+        batch = yield from one(BatchObject, Call("POST", "batches", json=body, headers=headers), patience_s)
     except Refused:
-        with suppress(ClientError):  # nobody knows of the file, and its time may never be up
-            yield Call("DELETE", f"files/{uploaded.id}")
+        yield from _forget(uploaded)
         raise
+    if batch.input_file_id != uploaded.id:  # submitted before, with the same key
+        yield from _forget(uploaded)
+    return batch
+
+
+def _forget(file: FileObject) -> Steps[None]:
+    """Nobody knows of it, and its time may never be up."""
+    with suppress(ClientError):
+        yield Call("DELETE", f"files/{file.id}")
 
 
 def endpoint_of(file: BinaryIO, name: str) -> Endpoint:
