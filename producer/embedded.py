@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ GOOD_S = 60.0
 DRAIN_S = 15.0
 """For a worker that was told to end; its own drain takes at most ten seconds."""
 PREFIX = b"worker: "
-_ERROR = b"Error: "
+_ERROR = re.compile(rb"(?:[\d-]{10} [\d:]{8} )?Error: (.*)")
 _NO_USE = (ExitCode.USAGE, ExitCode.INPUT)
 """How a worker ends that would end so again."""
 
@@ -92,8 +93,8 @@ class EmbeddedWorker:
 def _pass_on(said: IO[bytes], errors: deque[str]) -> None:
     with said:
         for line in said:
-            if line.startswith(_ERROR):
-                errors.append(line.removeprefix(_ERROR).decode(errors="replace").strip())
+            if found := _ERROR.match(line):
+                errors.append(found[1].decode(errors="replace"))
             _say(line)
 
 

@@ -104,9 +104,15 @@ def together(manifests: Sequence[Manifest]) -> Together:
 
 
 def open_offer(
-    manifests: Sequence[Manifest], workers: Iterable[WorkerRecord], blob: Blob, cache: Path | None = None
+    manifests: Sequence[Manifest],
+    workers: Iterable[WorkerRecord],
+    blob: Blob,
+    cache: Path | None = None,
+    *,
+    unwanted: Collection[str] = (),
 ) -> Offer:
-    """What `choose` chose, with its tokenizers opened. Raises Failure, StoreError."""
+    """What `choose` chose, with its tokenizers opened; no row may name what is `unwanted`. Raises Failure,
+    StoreError."""
     latest, all_ = manifests[0], together(manifests)
     limits = Limits(latest.max_model_len, latest.vocab_size)
 
@@ -117,6 +123,8 @@ def open_offer(
     of_key = {offer.key: manifest for manifest in manifests for offer in manifest.adapters}
 
     def named(offer: AdapterOffer) -> Named:
+        if offer.name in unwanted:
+            return Named("", unusable="an operator has unloaded it")
         prompter = None
         if offer.tokenizer is not None and offer.vocab_size is not None:
             try:

@@ -30,6 +30,10 @@ class ServeOptions(StoreOptions):
     broker: str | None = None
     max_file_bytes: int | None = None
     retention_s: float | None = None
+    webhook_url: str | None = None
+    """Of a server without keys; with them each key has its own."""
+    webhook_secret_file: Path | None = None
+    webhook_allow_private: bool = False
     embedded: bool = False
     worker: Mapping[str, str] = field(default_factory=dict)
     """With `embedded`: the worker's settings, as variables."""
@@ -44,6 +48,10 @@ _SERVE_FLAGS = [
     flag("--max-file-bytes", callback=size, default="8GiB", metavar="SIZE", help="Larger files are refused."),
     flag("--retention", dest="retention_s", callback=seconds_of, metavar="TIME",
          help="Files go after so long, unless their owner said when.  [default: never]"),
+    flag("--webhook-url", metavar="URL", help="Is told how batches end. With --keys each key has its own."),
+    flag("--webhook-secret-file", type=FILE, metavar="FILE", help="Holds whsec_..., which signs what is sent there."),
+    flag("--webhook-allow-private", is_flag=True,
+         help="Webhooks may go to private networks and this machine, and without TLS."),
     flag("--embedded", is_flag=True,
          help=f"Run a worker too, with the flags below.  [default of --store then: {EMBEDDED_STORE}]"),
     flag("--base-model", metavar="PATH_OR_ID", help=f"With --embedded: {BASE_HELP[0].lower()}{BASE_HELP[1:]}"),

@@ -14,6 +14,7 @@ from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.manifest import Manifest
 from loramill.store.contract import JobStore
 from loramill.store.records import WorkerRecord
+from loramill.store.wishes import wishes
 from loramill.worker.settings import ModelOptions
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def published(store: JobStore, base: str | None) -> Served:
     manifests, workers = store.manifests(), store.workers()
     if not manifests:
         raise nobody_yet()
-    offer = open_offer(choose(manifests, workers, base), workers, store.get_blob)
+    unwanted = {wish.name for wish in wishes(store.shelf) if not wish.wanted}
+    offer = open_offer(choose(manifests, workers, base), workers, store.get_blob, unwanted=unwanted)
     return Served(offer, manifests, workers, offer.warnings)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from loramill.producer.offers import choose, open_offer
 from loramill.producer.served import Served, nobody_yet
 from loramill.store.contract import JobStore
+from loramill.store.wishes import wishes
 
 FRESH_S = 1.0
 
@@ -39,9 +40,10 @@ class ServedNow:
             raise nobody_yet()
         chosen = choose(manifests, workers, self._base)
         # Opening tokenizers takes tenths of a second: only what decides the offer counts.
-        of = [manifest.id for manifest in chosen], {worker.manifest for worker in workers}
+        unwanted = {wish.name for wish in wishes(self._store.shelf) if not wish.wanted}
+        of = [manifest.id for manifest in chosen], {worker.manifest for worker in workers}, unwanted
         if before is None or of != self._of:
-            offer = open_offer(chosen, workers, self._store.get_blob)
+            offer = open_offer(chosen, workers, self._store.get_blob, unwanted=unwanted)
             self._of = of
         else:
             offer = before.offer

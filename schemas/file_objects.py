@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_UPLOAD_PARTS = 2000
 
 
 class FileObject(BaseModel):
@@ -43,6 +45,8 @@ class FileList(BaseModel):
 class ExpiresAfter(BaseModel):
     """How long a file is kept: an hour to 30 days."""
 
+    model_config = ConfigDict(extra="forbid")
+
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
@@ -50,10 +54,12 @@ class ExpiresAfter(BaseModel):
 class UploadAsked(BaseModel):
     """What an upload is to become."""
 
+    model_config = ConfigDict(extra="forbid")
+
     bytes: Annotated[int, Field(gt=0)]
-    filename: str
+    filename: Annotated[str, Field(json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f/\\]{1,240}\.jsonl(\.gz|\.zst)?$"})]
     mime_type: str
-    purpose: str
+    purpose: Annotated[str, Field(json_schema_extra={"enum": ["batch"]})]
     expires_after: ExpiresAfter | None = None
 
 
@@ -83,5 +89,7 @@ class UploadPart(BaseModel):
 class UploadCompleted(BaseModel):
     """Which parts, in what order, and what they must come to."""
 
-    part_ids: Annotated[list[str], Field(min_length=1)]
+    model_config = ConfigDict(extra="forbid")
+
+    part_ids: Annotated[list[str], Field(min_length=1, max_length=MAX_UPLOAD_PARTS)]
     md5: str | None = None

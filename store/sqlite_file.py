@@ -71,7 +71,7 @@ CREATE TABLE records (
     expires_ms INTEGER, UNIQUE (kind, id));
 CREATE INDEX records_in ON records (kind, sequence);
 CREATE INDEX records_of ON records (kind, owner, sequence, size, expires_ms);
-CREATE INDEX records_due ON records (kind, expires_ms) WHERE expires_ms IS NOT NULL;
+CREATE INDEX records_due ON records (kind, expires_ms, id) WHERE expires_ms IS NOT NULL;
 CREATE TABLE pieces (content TEXT, number INTEGER, kept BLOB NOT NULL, PRIMARY KEY (content, number));
 CREATE TABLE locks (name TEXT PRIMARY KEY, holder TEXT NOT NULL, until_ms INTEGER NOT NULL) WITHOUT ROWID;
 """

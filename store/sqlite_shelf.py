@@ -84,7 +84,7 @@ class SqliteShelf(Shelf):
 
     def overdue(self, kind: str, limit: int = 100) -> list[Record]:
         with self._database.read() as db:
-            query = f"SELECT {_COLUMNS} FROM records WHERE kind = ? AND expires_ms <= ? ORDER BY expires_ms LIMIT ?"
+            query = f"SELECT {_COLUMNS} FROM records WHERE kind = ? AND expires_ms <= ? ORDER BY expires_ms, id LIMIT ?"
             return [Record(*row) for row in db.execute(query, (kind, self._now_ms(), limit))]
 
     def usage(self, kind: str, owner: str) -> Usage:

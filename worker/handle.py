@@ -39,9 +39,9 @@ Event = Chunk | Delta | Ended | Died
 class Handle:
     """A shard in an engine. Its events come in order: chunks and deltas, and then Ended or Died, once."""
 
-    def __init__(self, send: Callable[..., None], key: int, job: str) -> None:
-        """`send` writes a frame to the engine."""
-        self.key, self.job = key, job
+    def __init__(self, send: Callable[..., None], key: int, job: str, adapters: tuple[str, ...] = ()) -> None:
+        """`send` writes a frame to the engine; `adapters` are the keys of those that the rows need."""
+        self.key, self.job, self.adapters = key, job, adapters
         self.ended = False
         """Whether all that will come has come; it may still wait to be taken."""
         self._send = send

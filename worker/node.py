@@ -8,15 +8,17 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import Lane
+from loramill.schemas.manifest import Manifest
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreError, StoreLost
 from loramill.store.opening import open_store
 from loramill.store.records import Claim, WorkerRecord
+from loramill.worker.adapters_wanted import AdaptersWanted
 from loramill.worker.devices import take_devices
 from loramill.worker.drain import Drain
 from loramill.worker.engine_process import EngineProcess
@@ -25,6 +27,7 @@ from loramill.worker.leases import Leases
 from loramill.worker.shard_run import ShardRun
 from loramill.worker.worker_log import log, log_seldom
 from loramill.worker.worker_settings import WorkerOptions
+from loramill.worker.worker_stats import record_of
 
 READY_LOOK_S = 0.1
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
@@ -43,8 +46,7 @@ class Node:
         self.leases = Leases(store)
         self.failure: Failure | None = None
         """Why the worker cannot go on."""
-        self.published: set[str] = set()
-        """Ids of the engines' manifests that the store has: what can be claimed under."""
+        self.wanted = AdaptersWanted(store.shelf, engines)
         self.rows: Counter[EngineProcess] = Counter()
         """Rows that each engine did, as far as their shards have left it."""
         self.shards_done = 0
@@ -146,7 +148,7 @@ class Node:
 
     def can(self, engine: EngineProcess) -> bool:
         """Whether it takes shards that are claimed for it."""
-        return engine.ready and engine.manifest is not None and engine.manifest.id in self.published
+        return engine.ready and engine.offered.settled
 
     def fail(self, failure: Failure) -> None:
         """The worker cannot go on. Said once."""
@@ -159,17 +161,20 @@ class Node:
         self.drain.ask(at_once=True)
 
     def publish(self) -> None:
-        """Lets the store know what the engines serve, once each. Raises StoreError."""
-        for engine in self.engines:
-            manifest, blobs = engine.manifest, engine.blobs
-            if not engine.ready or manifest is None or manifest.id in self.published:
-                continue
+        """Lets the store know what the engines serve, once each, and has shards claimed under that from then on.
+        Raises StoreError."""
+
+        def publish(manifest: Manifest, blobs: Mapping[str, bytes]) -> None:
             for digest, data in blobs.items():
                 if not self.store.has_blob(digest):
                     self.store.put_blob(data)
+            # Also if it was published before: the latest says what names mean.
             self.store.publish(manifest)
-            self.published.add(manifest.id)
             log(f"worker {self.name}: {manifest.base} with {len(manifest.adapters)} adapters on {engine.name}, ready")
+
+        for engine in self.engines:
+            if engine.ready:
+                engine.offered.settle(publish)
 
     def record(self) -> WorkerRecord:
         """The worker as others see it."""
@@ -187,6 +192,9 @@ class Node:
             resident=tuple(resident),
             rows_done=self.rows_done,
             restarts=sum(engine.restarts for engine in self.engines),
+            stats=record_of(engine.counts for engine in self.engines),
+            refused=self.wanted.refused,
+            answered=self.wanted.answered,
         )
 
     def close(self) -> None:

@@ -219,7 +219,7 @@ class ShardRunner:
                 shard.finished.append(failed_row(job.id, number, error))
             except ValueError as error:  # the engine's own refusal; only this row is in doubt
                 code = ADAPTER_UNAVAILABLE if isinstance(error, AdapterUnavailable) else ENGINE_ERROR
-                shard.finished.append(engine_failure(job.id, number, row, str(error), code=code))
+                shard.finished.append(engine_failure(job.id, number, row, uses, str(error), code=code))
 
     def _add(self, shard: Shard, number: int, row: Row, uses: Uses, request: Request, prompter: Prompter) -> None:
         """Gives the engine a row, unless it gets another's answer. Raises ValueError as the engine."""

@@ -10,7 +10,20 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 import loramill
-from loramill.producer.api import batches, chat, errors, health, models, session
+from loramill.producer.api import (
+    adapters,
+    batches,
+    chat,
+    errors,
+    files,
+    health,
+    job_actions,
+    metrics,
+    models,
+    page,
+    session,
+    uploads,
+)
 from loramill.producer.api.context import Api
 from loramill.producer.api.errors import ErrorBody
 from loramill.producer.api.gate import Gate
@@ -18,11 +31,17 @@ from loramill.producer.api.gate import Gate
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 ROUTERS: tuple[APIRouter, ...] = (
+    files.router,
+    uploads.router,
     batches.router,
     chat.router,
     health.router,
     models.router,
     session.router,
+    page.router,
+    job_actions.router,
+    adapters.router,
+    metrics.router,
 )
 
 

@@ -121,7 +121,7 @@ class Open:
 
 def new_batch_id() -> str:
     """Of a batch to come."""
-    return new_id("batch", "_")
+    return new_id("batch_")
 
 
 def now_ms(batch: Batch) -> int:
@@ -156,7 +156,7 @@ class Book:
             raise RecordNotFound(f"there is no batch {id}")
         return batch
 
-    def list(self, owner: str, after: str | None, limit: int) -> tuple[list[Batch], bool]:
+    def list(self, owner: str | None, after: str | None, limit: int) -> tuple[list[Batch], bool]:
         """The newest first, and whether there are more. Raises RecordNotFound for `after`."""
         found = self._shelf.records(_BATCH, owner, after=after, limit=limit + 1)
         return [_read(record) for record in found[:limit]], len(found) > limit
@@ -173,6 +173,14 @@ class Book:
             for record in page:
                 yield Open(record.id, record.data.decode() or None)
             after = page[-1].id
+
+    def is_open(self, id: str) -> bool:
+        """Whether it has not been put away."""
+        try:
+            self._shelf.get(_OPEN, id)
+        except RecordNotFound:
+            return False
+        return True
 
     def runs(self, id: str, job: Job) -> None:
         """Takes note that an open batch has an accepted job."""

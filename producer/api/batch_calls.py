@@ -37,7 +37,7 @@ def create(api: Api, caller: Caller, asked: BatchCreate, *, key: str | None = No
         metadata=asked.metadata,
         priority=asked.loramill.priority,
         on_invalid=asked.loramill.on_invalid,
-        output_ttl_s=asked.output_expires_after and float(asked.output_expires_after.seconds),
+        output_ttl_s=asked.output_expires_after.seconds if asked.output_expires_after else api.limits.retention_s,
         adapters=caller.adapters,
         pending_rows=caller.quota.pending_rows,
     )
@@ -63,7 +63,7 @@ def list_(api: Api, caller: Caller, *, after: str | None = None, limit: int = 20
 
 
 def cancel(api: Api, caller: Caller, batch_id: str) -> BatchObject:
-    """Starts nothing more of it; what is finished is kept. Raises ApiError: 404, or 400 if there is nothing to cancel."""
+    """Starts nothing more of it; what is finished is kept. Raises ApiError: 404, 400 if there is nothing to cancel."""
     while True:
         batch = find(api, caller, batch_id)
         job = job_of(api, batch)
@@ -102,17 +102,13 @@ def retry(api: Api, caller: Caller, batch_id: str, *, failed_only: bool = False,
         message = f"the rows of the batch {batch.id} are not kept any more: submit them again"
         raise ApiError(400, message, code="batch_not_retryable") from None
     asked = BatchData(
-        **data.model_dump(
-            include={
-                "endpoint",
-                "input_file_id",
-                "completion_window",
-                "window_s",
-                "metadata",
-                "priority",
-                "output_ttl_s",
-            }
-        ),
+        endpoint=data.endpoint,
+        input_file_id=data.input_file_id,
+        completion_window=data.completion_window,
+        window_s=data.window_s,
+        metadata=data.metadata,
+        priority=data.priority,
+        output_ttl_s=data.output_ttl_s,
         adapters=caller.adapters,
         pending_rows=caller.quota.pending_rows,
         retry_of=batch.id,

@@ -1,5 +1,5 @@
-"""What is done with one batch at each stage of its life, by whoever has its lock. Whatever is interrupted here, by a kill
-too, is done anew by whoever comes next, and what somebody does who lost the lock unaware is thrown away."""
+"""What is done with one batch at each stage of its life, by whoever has its lock. Whatever is interrupted here, by a
+kill too, is done anew by whoever comes next, and what somebody does who lost the lock unaware is thrown away."""
 
 from __future__ import annotations
 

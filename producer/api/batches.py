@@ -7,10 +7,10 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
-from fastapi.sse import EventSourceResponse
+from fastapi.responses import StreamingResponse
 
 from loramill.producer.api import batch_calls
-from loramill.producer.api.batch_book import Batch
+from loramill.producer.api.batch_book import Batch, Book
 from loramill.producer.api.batch_events import END, stream
 from loramill.producer.api.context import Api, ApiOf, CallerOf
 from loramill.producer.api.errors import ApiError
@@ -84,7 +84,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/{batch_id}/events", response_class=EventSourceResponse, responses=_EVENTS)
+@router.get("/{batch_id}/events", response_class=StreamingResponse, responses=_EVENTS)
 async def watch_batch(
     api: ApiOf, batch: FoundOf, last_event_id: Annotated[str | None, Header(alias="last-event-id")] = None
 ) -> Response:
@@ -93,7 +93,7 @@ async def watch_batch(
     if last_event_id == END:
         return Response(status_code=204)  # what ends an EventSource's asking again
     seen = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else 0
-    return EventSourceResponse(stream(api, batch.id, seen), headers={"cache-control": "no-cache"})
+    return StreamingResponse(stream(api, batch.id, seen), media_type="text/event-stream")
 
 
 _RESULTS: dict[int | str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ async def read_results(
 
 def _page(api: Api, batch_id: str, after: int, limit: int) -> tuple[Page, bool]:
     """Some rows, and whether there are more or will be."""
-    batch = batch_calls.Book(api.shelf).get(batch_id)
+    batch = Book(api.shelf).get(batch_id)
     job = _job(api, batch)
     if job is None:
         return Page([], after), not batch.ended

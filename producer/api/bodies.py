@@ -1,4 +1,4 @@
-"""What a client sends, up to a limit: of size, of depth, of time."""
+"""What a client sends, up to a limit: of size, of depth, of time. Bodies with files have limits of their own."""
 
 from __future__ import annotations
 
@@ -7,73 +7,64 @@ import re
 from contextlib import suppress
 
 import numpy as np
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from loramill.producer.api.context import Limits
 from loramill.producer.api.errors import ApiError, invalid
 
 BODY_S = 60.0
-"""For the whole of a body that is no file."""
-IDLE_S = 60.0
-"""Between two pieces of a file."""
+"""For the whole of a body."""
 MAX_DEPTH = 64
-AROUND_BYTES = 2**18
-"""What a form has around its file."""
 DRAIN_BYTES, DRAIN_S = 2**24, 3.0
 """How much more is read of what was refused, so that who sends it reads the answer and not a reset connection."""
-_PARTS = re.compile(r"/v1/uploads/[^/]+/parts")
+_FILES = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class Body:
-    """The body of one request. One that is no file is read before the application is asked."""
+    """The body of one request. It is read before the application is asked, unless it has a file."""
 
     def __init__(
         self, scope: Scope, headers: Headers, receive: Receive, limits: Limits, closing: asyncio.Event
     ) -> None:
-        self._receive, self._closing = receive, closing
-        self._most = _most(scope, limits)
-        self._is_file = self._most != limits.body_bytes
+        self._receive, self._closing, self._most = receive, closing, limits.body_bytes
+        self._has_file = scope["method"] == "POST" and _FILES.fullmatch(scope["path"]) is not None
+        self._said_bytes = int(headers.get("content-length", 0))
         self._ended = "content-length" not in headers and "transfer-encoding" not in headers
-        self._said_bytes = headers.get("content-length")
         self._seen = 0
         self._read: bytes | None = None
-        self._refused = self._watched = False
-        self._may_be_watched = scope["method"] == "GET"
+        self._may_be_watched, self._watched, self._refused = scope["method"] == "GET", False, False
 
     async def check(self) -> None:
         """Raises ApiError: it is too large, too slow, or nested too deeply."""
-        if self._said_bytes is not None and int(self._said_bytes) > self._most:
-            raise self._too_large()
-        if self._is_file or self._ended:
+        if self._has_file or self._ended:
             return
+        if self._said_bytes > self._most:
+            raise self._too_large()
         try:
             async with asyncio.timeout(BODY_S):
                 self._read = await self._whole()
         except TimeoutError:
-            raise self._too_slow() from None
+            raise ApiError(408, f"the body did not come within {BODY_S:g} s", code="request_timeout") from None
         if nested_over(self._read, MAX_DEPTH):
             raise invalid(f"the body is nested over {MAX_DEPTH} deep", code="too_deep")
 
     async def receive(self) -> Message:
-        """ASGI's. Raises ApiError like `check`."""
+        """ASGI's."""
         if self._read is not None:
             read, self._read = self._read, None
             return {"type": "http.request", "body": read, "more_body": False}
-        if self._ended:
-            return await self._until_gone()
-        try:
-            async with asyncio.timeout(IDLE_S):
-                return await self._next()
-        except TimeoutError:
-            raise self._too_slow() from None
+        return await (self._until_gone() if self._ended else self._next())
 
     async def send(self, message: Message, send: Send) -> None:
-        """ASGI's. The answer to a refused body goes before the rest of the body is looked at."""
+        """ASGI's. After an error to a body that is still coming the connection is closed."""
         if message["type"] == "http.response.start":
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self._watched = self._may_be_watched and kind.startswith(b"text/event-stream")
+            headers = MutableHeaders(scope=message)
+            self._watched = self._may_be_watched and headers.get("content-type", "").startswith("text/event-stream")
+            self._refused = message["status"] >= 400 and not self._ended
+            if self._refused:
+                headers["connection"] = "close"
         elif self._refused and not message.get("more_body", False):
             await send({**message, "more_body": True})
             with suppress(TimeoutError):
@@ -86,9 +77,7 @@ class Body:
         message = await self._receive()
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
-            self._ended = not message.get("more_body", False)
-            if self._seen > self._most:
-                raise self._too_large()
+        self._ended = not message.get("more_body", False)
         return message
 
     async def _whole(self) -> bytes:
@@ -96,8 +85,10 @@ class Body:
         while not self._ended:
             message = await self._next()
             if message["type"] == "http.disconnect":
-                raise ApiError(400, "the body ended early", code="invalid_request")
+                raise invalid("the client went away", code="client_disconnected")
             read += message.get("body", b"")
+            if self._seen > self._most:
+                raise self._too_large()
         return bytes(read)
 
     async def _until_gone(self) -> Message:
@@ -116,21 +107,10 @@ class Body:
     async def _drain(self) -> None:
         until = self._seen + DRAIN_BYTES
         while not self._ended and self._seen < until:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                return
-            self._seen += len(message.get("body", b""))
-            self._ended = not message.get("more_body", False)
+            await self._next()
 
     def _too_large(self) -> ApiError:
-        self._refused = True
-        what = "a file" if self._is_file else "a body that is no file"
-        said = f"{what} may have {self._most:,} bytes here"
-        return ApiError(413, said, code="too_large", headers={"connection": "close"})
-
-    def _too_slow(self) -> ApiError:
-        close = {"connection": "close", "x-should-retry": "false"}
-        return ApiError(408, "the body did not come in time", code="request_timeout", headers=close)
+        return ApiError(413, f"a body that has no file is at most {self._most} bytes", code="too_large")
 
 
 def nested_over(body: bytes, most: int) -> bool:
@@ -140,13 +120,3 @@ def nested_over(body: bytes, most: int) -> bool:
     told = np.frombuffer(_STRING.sub(b"", body), dtype=np.uint8)
     opens, closes = (told == 0x5B) | (told == 0x7B), (told == 0x5D) | (told == 0x7D)
     return bool(np.cumsum(opens.astype(np.int32) - closes.astype(np.int32)).max(initial=0) > most)
-
-
-def _most(scope: Scope, limits: Limits) -> int:
-    """Bytes of the body that such a request may have."""
-    if scope["method"] == "POST":
-        if scope["path"] == "/v1/files":
-            return limits.file_bytes + AROUND_BYTES
-        if _PARTS.fullmatch(scope["path"]):
-            return limits.part_bytes + AROUND_BYTES
-    return limits.body_bytes

@@ -15,22 +15,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loramill.producer.api.bodies import Body
 from loramill.producer.api.context import Api, Caller
-from loramill.producer.api.errors import ApiError
+from loramill.producer.api.errors import ApiError, of_store
+from loramill.producer.api.metrics import metrics_of
 from loramill.producer.api.origins import check_host, check_origin
+from loramill.producer.api.page import login_page
 from loramill.producer.api.rates import Rate, Rates
-from loramill.producer.api.session import COOKIE, Sessions, cookie_of, sign_in_page
+from loramill.producer.api.session import COOKIE, Sessions, cookie_of
+from loramill.store.errors import StoreError
 
 FREE = frozenset({"/healthz", "/readyz"})
 """Paths that ask for no key, and are not written down."""
 MAX_HEADERS = 100
 MAX_AT_ONCE = 1000
 """Requests that are being answered."""
+GONE = 499
+"""The status that is written down for a client that went before it was answered."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ALWAYS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
     "x-frame-options": "DENY",
 }
+
+_ENDING = ApiError(503, "the server ends; try again", code="server_ends", headers={"retry-after": "2"})
 
 _access = logging.getLogger("loramill.access")
 
@@ -76,15 +83,21 @@ class Gate:
         self._at_once += 1
         try:
             await self._pass(scope, headers, body, say, passing)
-        except ApiError as error:
-            await error.response()(scope, body.receive, say)
+        except (ApiError, StoreError) as error:
+            said = of_store(error) if isinstance(error, StoreError) else error
+            await said.response()(scope, body.receive, say)
+        except asyncio.CancelledError:
+            if not self._closing.is_set():
+                raise
+            if not passing.status:
+                await _ENDING.response()(scope, body.receive, say)
         except Exception:
             # The application has answered, and said in the log what happened.
             if not passing.status:
                 raise
         finally:
             self._at_once -= 1
-            _write_down(scope, passing)
+            self._write_down(scope, passing)
 
     async def _pass(self, scope: Scope, headers: Headers, body: Body, say: Send, passing: _Passing) -> None:
         """Raises ApiError for what is not let pass."""
@@ -99,7 +112,7 @@ class Gate:
             caller = await self._caller(headers, method)
             if caller is None:
                 if path in ("/", "/login") and method in ("GET", "HEAD"):
-                    return await sign_in_page(401)(scope, body.receive, say)
+                    return await login_page()(scope, body.receive, say)
                 if (path, method) != ("/login", "POST"):
                     raise _nobody(headers)
             else:
@@ -131,6 +144,17 @@ class Gate:
                 headers=passing.rate.headers,
             )  # fmt: skip
 
+    def _write_down(self, scope: Scope, passing: _Passing) -> None:
+        """One line, with nothing that was in the request but its method; and the metrics."""
+        took_s = time.monotonic() - passing.began_s
+        status = passing.status or GONE
+        metrics_of(self._api).count(scope, status, took_s)
+        if scope["path"] not in FREE:
+            route, took_ms = getattr(scope.get("route"), "path", "-"), 1000 * took_s
+            _access.info(
+                "%s %s %s %d %.0f ms key=%s", passing.id, scope["method"], route, status, took_ms, passing.name
+            )
+
 
 def _nobody(headers: Headers) -> ApiError:
     said = "that API key is not known" if "authorization" in headers or COOKIE in headers.get("cookie", "") else (
@@ -146,14 +170,3 @@ def _dress(headers: MutableHeaders, path: str, passing: _Passing) -> None:
         headers.setdefault(name, value)
     if path.startswith("/v1"):
         headers.setdefault("cache-control", "no-store")
-
-
-def _write_down(scope: Scope, passing: _Passing) -> None:
-    """One line, without anything that was in the request but its method."""
-    if scope["path"] in FREE:
-        return
-    route = getattr(scope.get("route"), "path", "-")
-    took_ms = 1000 * (time.monotonic() - passing.began_s)
-    # 499: the client went before it was answered.
-    status = passing.status or 499
-    _access.info("%s %s %s %d %.0f ms key=%s", passing.id, scope["method"], route, status, took_ms, passing.name)

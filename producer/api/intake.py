@@ -45,8 +45,8 @@ def served_to(api: Api, batch: Batch) -> Served:
 
 
 def take_in(api: Api, batch: Batch, served: Served, go_on: GoOn) -> Submitted:
-    """The accepted job of the batch, under its `job_id`; whole, or not there. Raises Refused for an input that cannot be
-    run, OSError for want of room here, StoreError."""
+    """The accepted job of the batch, under its `job_id`; whole, or not there. Raises Refused for an input that cannot
+    be run, OSError for want of room here, StoreError."""
     data = batch.data
     assert batch.job_id is not None
     parent = _job_retried(api, batch)
@@ -56,7 +56,7 @@ def take_in(api: Api, batch: Batch, served: Served, go_on: GoOn) -> Submitted:
         window_s=max((batch.deadline_ms - now_ms(batch)) / 1000, 1.0),
         metadata=data.metadata or {},
         on_invalid=data.on_invalid,
-        retry_of=parent and parent.id,
+        retry_of=parent.id if parent else None,
         owner=batch.owner,
         endpoint=data.endpoint,
     )

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loramill.producer.api.context import Caller, Quota
+from loramill.producer.api.webhook_post import Endpoint
 from loramill.store.files import atomic_writer
 
 TOKEN_PREFIX = "lm-"
@@ -50,8 +51,23 @@ class Key(BaseModel):
     pending_rows: Count = _QUOTA.pending_rows
     requests_per_minute: Annotated[int, Field(ge=1)] = _QUOTA.requests_per_minute
     questions: Count = _QUOTA.questions
-    webhook_url: Annotated[str, Field(pattern=r"^https?://")] | None = None
-    webhook_secret: Annotated[str, Field(pattern=r"^whsec_[A-Za-z0-9+/=]{16,}$")] | None = None
+    webhook_url: str | None = None
+    webhook_secret: str | None = None
+
+    @model_validator(mode="after")
+    def _has_both_or_none(self) -> Key:
+        """Raises ValueError unless webhooks could be sent."""
+        if (self.webhook_url is None) != (self.webhook_secret is None):
+            raise ValueError("webhook_url and webhook_secret go together")
+        _ = self.endpoint
+        return self
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where its events go."""
+        if self.webhook_url is None or self.webhook_secret is None:
+            return None
+        return Endpoint(self.webhook_url, self.webhook_secret)
 
     def caller(self, name: str) -> Caller:
         """Who asks by it."""

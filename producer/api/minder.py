@@ -140,8 +140,9 @@ class Minder:
     def _see_to(self, id: str, held: _Held) -> None:
         """In a thread of its own, with the batch's lock."""
         try:
-            self._steps.advance(self._book.get(id), held)
-            self.wake()
+            if self._book.is_open(id):  # or another server has ended it since the look
+                self._steps.advance(self._book.get(id), held)
+                self.wake()
         except Lost:
             pass
         except RecordChanged:

@@ -9,15 +9,14 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 
 from loramill.producer.api.app import Application, make_app
-from loramill.producer.api.asking import questions_of
+from loramill.producer.api.background import Part, parts_of
 from loramill.producer.api.connection import Connection
 from loramill.producer.api.context import Api, Limits
 from loramill.producer.api.keys import Keys, KeysUnreadable
@@ -31,19 +30,6 @@ FINISH_S = 10
 KEEP_ALIVE_S = 20
 BACKLOG = 512
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-
-
-class Part(Protocol):
-    """Something that runs beside the requests."""
-
-    def start(self) -> None:
-        """Begins, in a thread of its own."""
-
-    def close(self) -> None:
-        """Ends it."""
-
-
-PARTS: tuple[Callable[[Api], Part], ...] = (questions_of,)
 
 
 def run_server(options: ServeOptions) -> ExitCode:
@@ -62,27 +48,32 @@ def run_server(options: ServeOptions) -> ExitCode:
             prefix=options.store_prefix, name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
         )  # fmt: skip
         hosts = {*_LOOPBACK, _written(options.host).lower()} if keys.open else None
+        parts = parts_of(api, options)
         server = _Server(make_app(api, hosts), _url(options.host, listener))
         stopping.server = server
         if options.embedded:
             _start(EmbeddedWorker(options.worker, server.fail), stack)
-        for part in PARTS:
-            _start(part(api), stack)
+        for part in parts:
+            _start(part, stack)
         server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure
     return ExitCode.OK
 
 
+def config_of(app: Application) -> uvicorn.Config:
+    """How uvicorn is to serve it. h11 alone, whatever else is installed: its limits are known."""
+    return uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=FINISH_S, backlog=BACKLOG,
+    )  # fmt: skip
+
+
 class _Server(uvicorn.Server):
     """It says when it listens, and lets others decide when it ends."""
 
     def __init__(self, app: Application, url: str) -> None:
-        config = uvicorn.Config(
-            app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=FINISH_S, backlog=BACKLOG,
-        )  # fmt: skip
-        super().__init__(config)
+        super().__init__(config_of(app))
         self._app, self._url = app, url
         self.failure: Failure | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import html
 import secrets
 import time
 from http.cookies import CookieError, SimpleCookie
@@ -13,27 +12,16 @@ from typing import Annotated
 import orjson
 from fastapi import APIRouter, Form, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import RedirectResponse, Response
 from starlette.datastructures import Headers
 
 from loramill.producer.api.context import Api, ApiOf, Caller
+from loramill.producer.api.page import login_page
 from loramill.store.shelf import RecordExists
 
 COOKIE = "loramill_session"
 LIFE_S = 12 * 3600
 _KIND, _ID = "secret", "sessions"
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>loramill: sign in</title>
-<style>:root{{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}}
-main{{max-width:24rem;margin:20vh auto;padding:0 1rem}}
-input,button{{font:inherit;width:100%;box-sizing:border-box;padding:.5rem;margin:.25rem 0}}</style></head>
-<body><main><h1>loramill</h1><form method="post" action="/login"><p role="alert">{said}</p>
-<label for="key">API key</label>
-<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
-<button>Sign in</button></form></main></body></html>
-"""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 
 router = APIRouter(include_in_schema=False)
 
@@ -84,9 +72,10 @@ def cookie_of(headers: Headers) -> str | None:
     return None if found is None else found.value
 
 
-def sign_in_page(status: int, said: str = "") -> HTMLResponse:
-    """The form that asks for a key."""
-    return HTMLResponse(_PAGE.format(said=html.escape(said)), status, {"content-security-policy": _POLICY})
+@router.get("/login")
+async def signed_in() -> Response:
+    """For who is signed in already: the gate shows the form to all others."""
+    return RedirectResponse("/", 303)
 
 
 @router.post("/login")
@@ -94,7 +83,7 @@ async def login(request: Request, api: ApiOf, key: Annotated[str, Form(max_lengt
     """A cookie for a key."""
     caller = api.keys.caller(key.strip() or None)
     if caller is None:
-        return sign_in_page(401, "That key is not known.")
+        return login_page("That key is not known.")
     to_page = RedirectResponse("/", 303)
     if not api.keys.open:
         made = await Sessions(api).make(caller.name)

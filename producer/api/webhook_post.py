@@ -109,9 +109,8 @@ def choose(addresses: Iterable[str], *, allow_private: bool) -> Address:
 def is_public(address: Address) -> bool:
     """Whether it is one of the Internet, and no other way of writing one that is not."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None and not is_public(inner):
+        if address.sixtofour or address.teredo:
             return False
+        if address.ipv4_mapped or address in _NAT64:
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
     return address.is_global and not address.is_multicast and not address.is_reserved

@@ -49,8 +49,8 @@ class Webhooks:
         allow_private: bool = False,
         pace: Pace | None = None,
     ) -> None:
-        """`endpoint_of`: where the events of an owner go; None is nowhere. `allow_private`: also to addresses of private
-        networks and of this machine, and to those without TLS."""
+        """`endpoint_of`: where the events of an owner go; None is nowhere. `allow_private`: also to private networks
+        and to this machine, and without TLS."""
         self._api, self._shelf = api, api.shelf
         self._endpoint_of, self._allow_private, self._pace = endpoint_of, allow_private, pace or Pace()
         self._owners: set[str] = set()

@@ -23,19 +23,19 @@ class ShelfModel(Shelf):
 
     def put(self, kind: str, id: str, owner: str, data: bytes, *, size: int = 0, ttl_s: float | None = None) -> Record:
         if (kind, id) in self._records:
-            raise RecordExists(id)
+            raise RecordExists(f"{kind} {id}")
         return self._keep(Record(kind, id, owner, data, size, 0, self._now_ms(), self._until(ttl_s)))
 
     def get(self, kind: str, id: str) -> Record:
         record = self._records.get((kind, id))
         if record is None or not self._there(record):
-            raise RecordNotFound(id)
+            raise RecordNotFound(f"{kind} {id}")
         return record
 
     def replace(self, record: Record, data: bytes, *, size: int | None = None, ttl_s: float | None = None) -> Record:
         had = self.get(record.kind, record.id)
         if had.version != record.version:
-            raise RecordChanged(record.id)
+            raise RecordChanged(f"{record.kind} {record.id}")
         changed = replace(had, data=data, expires_ms=self._until(ttl_s))
         return self._keep(changed if size is None else replace(changed, size=size))
 
@@ -61,7 +61,8 @@ class ShelfModel(Shelf):
         return found[:limit]
 
     def overdue(self, kind: str, limit: int = 100) -> list[Record]:
-        return [one for one in self._all(kind) if not self._there(one)][:limit]
+        late = [(one.expires_ms, one.id, one) for one in self._all(kind) if not self._there(one)]
+        return [one for *_, one in sorted(late)[:limit]]
 
     def usage(self, kind: str, owner: str) -> Usage:
         found = [one for one in self._all(kind) if self._there(one) and one.owner == owner]
@@ -75,7 +76,7 @@ class ShelfModel(Shelf):
         return True
 
     def unlock(self, name: str, holder: str) -> None:
-        if self._locks.get(name, ("", 0))[0] == holder:
+        if name in self._locks and self._locks[name][0] == holder:
             del self._locks[name]
 
     def say(self, channel: str, data: bytes) -> None:
