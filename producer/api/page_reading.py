@@ -164,7 +164,9 @@ class Reading:
     def _view(self, caller: Caller, batch: Batch | None, job: Job | None) -> JobView:
         pace = self._throughput.pace(job) if job else Pace(None, None, None)
         if batch is not None:
-            return batch_view(batch, job, pace, job.spec.input_name if job else self._input_of(batch), caller)
+            # A retry's own input has no name that says anything.
+            name = job.spec.input_name if job and not batch.data.retry_of else self._input_of(batch)
+            return batch_view(batch, job, pace, name, caller)
         assert job is not None
         return job_view(job, pace, caller)
 
