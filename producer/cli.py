@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import loramill
-from loramill.producer import job_commands, queue_commands
+from loramill.producer import job_commands, keys_command, queue_commands, serve_command
 from loramill.producer.interrupts import held
 from loramill.producer.options import RunOptions, list_options, run_options, verify_options
 from loramill.producer.store_options import StoreOptions
@@ -119,7 +119,7 @@ def unload(name: str, **given: Any) -> ExitCode:
     return module.unload(StoreOptions(**given), name)
 
 
-for command in (*queue_commands.COMMANDS, *job_commands.COMMANDS):
+for command in (*queue_commands.COMMANDS, *job_commands.COMMANDS, serve_command.serve, keys_command.keys):
     cli.add_command(command)
 
 

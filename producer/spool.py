@@ -74,13 +74,19 @@ class Spool:
             start += len(part)
 
 
-def write_all(parts: Iterator[bytes], write: Callable[[bytes], object]) -> None:
-    """Through a buffer, for lines are small and compressors want more at a time."""
+def joined(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of about READ_BYTES: lines are small, and whoever takes them wants more at a time."""
     waiting, size = list[bytes](), 0
     for part in parts:
         waiting.append(part)
         size += len(part)
         if size >= READ_BYTES:
-            write(b"".join(waiting))
+            yield b"".join(waiting)
             waiting, size = [], 0
-    write(b"".join(waiting))
+    yield b"".join(waiting)
+
+
+def write_all(parts: Iterator[bytes], write: Callable[[bytes], object]) -> None:
+    """Writes them so."""
+    for part in joined(parts):
+        write(part)

@@ -1,7 +1,8 @@
 """`python -m tests.stub_engine`: an engine child without a model, which starts at once and obeys its prompts.
 
 It speaks the child's protocol through the real loop, and answers `ok:<prompt>`. Prompts that hold one of these words:
-ABORT dies; HANG never returns from its pass; OOM is out of memory in company, OOM1 always; SLOW takes SLOW_PASSES.
+ABORT dies; HANG never returns from its pass; OOM is out of memory in company, OOM1 always; SLOW takes SLOW_PASSES,
+over which a row that is followed tells its tokens. Urgent rows come before those that wait.
 Its base is `stub` and its adapters a00 to a15; others may come from --adapters-dir while it runs: any folder with an
 adapter_config.json, known by what its files hold. The environment may set STUB_BASE (another base's name, and answers),
 STUB_STEP_S (seconds of a pass) and STUB_SEQS (rows of a pass).
@@ -102,6 +103,23 @@ class Running:
     request: Request
     text: str
     left: int
+    told: int = 0
+
+    def tell(self) -> None:
+        """The tokens that were made by now, to whoever follows it."""
+        if self.request.follow is None or not self.left:
+            return
+        said = answer_to(self.request)[:-1]
+        made = len(said) * (SLOW_PASSES - self.left) // SLOW_PASSES
+        for token in said[self.told : made]:
+            for index in range(self.request.sampling.n):
+                self.request.follow(index, token, None)
+        self.told = made
+
+
+def answer_to(request: Request) -> list[int]:
+    """Its tokens."""
+    return [*ANSWER, *request.prompt, EOS]
 
 
 class StubEngine:
@@ -150,7 +168,10 @@ class StubEngine:
         for sha256, _ in request.mix:
             if sha256 not in self._adapters:
                 raise AdapterUnavailable(f"adapter {sha256} is not registered with this engine")
-        self._waiting[request.key] = request
+        later = {} if not request.urgent else {key: one for key, one in self._waiting.items() if not one.urgent}
+        for key in later:
+            del self._waiting[key]
+        self._waiting |= {request.key: request, **later}
 
     def step(self, on_start: Callable[[Sequence[int]], None] | None = None) -> list[Result]:
         begun = list(self._waiting)[: max(0, self.max_num_seqs - len(self._running))]
@@ -193,6 +214,7 @@ class StubEngine:
         self.pressure.went_well()
         for row in self._running.values():
             row.left -= 1
+            row.tell()
         done = [row.request for row in self._running.values() if not row.left]
         if not done:
             time.sleep(SLOW_PASS_S)
@@ -200,7 +222,7 @@ class StubEngine:
 
     def _answer(self, request: Request) -> Result:
         del self._running[request.key]
-        said = [*ANSWER, *request.prompt, EOS]
+        said = answer_to(request)
         self._stats.prompt_tokens += len(request.prompt)
         self._stats.completion_tokens += len(said) * request.sampling.n
         completions = [Completion(index, said, FinishReason.STOP) for index in range(request.sampling.n)]

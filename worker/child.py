@@ -17,6 +17,7 @@ import numpy as np
 
 from loramill.schemas.failures import Failure
 from loramill.schemas.job import JobSpec
+from loramill.schemas.said import SaidChoice
 from loramill.store.packing import Chunk, unpack_shard
 from loramill.store.records import DoneRow
 from loramill.worker.changes import KINDS, Changes, Prepared
@@ -187,6 +188,9 @@ class _Child:
         def on_start(numbers: list[int], alone: bool) -> None:
             write_frame(self._out, Kind.RUNNING, started=[[key, position[one]] for one in numbers], alone=alone)
 
+        def tell(news: list[SaidChoice]) -> None:
+            write_frame(self._out, Kind.DELTA, key=key, choices=[said.model_dump() for said in news])
+
         shard = Shard(
             job,
             (row for row, is_done in zip(rows, done, strict=True) if not is_done),
@@ -194,6 +198,7 @@ class _Child:
             merged=self._is_merged,
             alone=frozenset(rows[at][0] for at in said["alone"]),
             on_start=on_start,
+            tell=tell,
         )
         self._shards[key] = shard
         self._runner.submit(shard)

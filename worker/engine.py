@@ -23,7 +23,8 @@ from loramill.worker.pressure import ATTEMPTS, Pressure
 from loramill.worker.request import EngineStats, Mix, Request, Result, Sampling
 from loramill.worker.residency import Residency
 from loramill.worker.sampling import Draw, draw
-from loramill.worker.scheduler import Chunk, Scheduler, Sequence, Step
+from loramill.worker.scheduler import Scheduler
+from loramill.worker.sequence import Chunk, Sequence, Step
 
 _MAX_SEQS = {"cpu": 128, "cuda": 256}
 

@@ -17,11 +17,12 @@ from typing import IO, Any
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import JobSpec
 from loramill.schemas.manifest import Manifest
+from loramill.schemas.said import SaidChoice
 from loramill.store.packing import Chunk
 from loramill.store.records import Claim
 from loramill.worker.devices import Device
 from loramill.worker.frames import Frame, Kind, read_frame, write_frame
-from loramill.worker.handle import Died, Ended, Handle
+from loramill.worker.handle import Delta, Died, Ended, Handle
 from loramill.worker.offered import Answer, Offered
 from loramill.worker.settings import ModelOptions
 from loramill.worker.stopwatch import Stopwatch
@@ -235,6 +236,8 @@ class EngineProcess:
                 self.counts.count(said["tallies"])
                 self._running[handle.key].difference_update(chunk.index["position"].tolist())
                 handle.put(chunk)
+            elif frame.kind is Kind.DELTA and (handle := self._handles.get(said["key"])):
+                handle.put(Delta([SaidChoice.model_validate(choice) for choice in said["choices"]]))
             elif frame.kind is Kind.END and (handle := self._handles.pop(said["key"], None)):
                 del self._running[handle.key]
                 self._jobs[handle.job] -= 1

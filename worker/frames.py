@@ -24,6 +24,7 @@ its blob (32 bits each, little-endian), the header (a JSON object with the frame
 | `fatal` | `code`: ExitCode, `lines`: it ends now, and would again | |
 | `running` | `started`: [key, position] of rows that run from now on; `alone`: the one row, and nothing else | |
 | `rows` | `key`; `tallies`: see `worker_stats` | Chunk.to_bytes() |
+| `delta` | `key`, `choices`: SaidChoice's fields, of a job that streams | |
 | `end` | `key`: no more rows of that shard will come | |
 | `beat` | `steps`: passes so far, `busy`, `resident`, `stats`: EngineStats | |
 
@@ -65,6 +66,7 @@ class Kind(StrEnum):
     FATAL = "fatal"
     RUNNING = "running"
     ROWS = "rows"
+    DELTA = "delta"
     END = "end"
     BEAT = "beat"
 

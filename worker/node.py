@@ -12,15 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from loramill.schemas.failures import ExitCode, Failure
+from loramill.schemas.job import Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreError, StoreLost
 from loramill.store.opening import open_store
-from loramill.store.records import WorkerRecord
+from loramill.store.records import Claim, WorkerRecord
 from loramill.worker.adapters_wanted import AdaptersWanted
 from loramill.worker.devices import take_devices
 from loramill.worker.drain import Drain
 from loramill.worker.engine_process import EngineProcess
+from loramill.worker.express import Express
 from loramill.worker.leases import Leases
 from loramill.worker.shard_run import ShardRun
 from loramill.worker.worker_log import log, log_seldom
@@ -34,7 +36,8 @@ goes on so."""
 
 
 class Node:
-    """One worker. `work` is for the threads that take shards; `worker/housekeeping.py` does everything else."""
+    """One worker. `work` is for the threads that take shards; `worker/express.py` takes questions, and
+    `worker/housekeeping.py` does everything else."""
 
     def __init__(self, options: WorkerOptions, store: JobStore, engines: Sequence[EngineProcess]) -> None:
         self.options, self.store, self.engines = options, store, engines
@@ -51,14 +54,16 @@ class Node:
         """How often `work` was called."""
         self._load: Counter[EngineProcess] = Counter()
         self._lock = threading.Lock()
+        self._express = Express(self)
         self._started_ms = round(time.time() * 1000)
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Begins loading, and keeping leases."""
+        """Begins loading, keeping leases, and looking for questions."""
         for engine in self.engines:
             engine.start()
         threading.Thread(target=self.leases.keep, args=(self._closed,), daemon=True).start()
+        self._express.start()
 
     @property
     def rows_done(self) -> int:
@@ -68,12 +73,12 @@ class Node:
     @property
     def idle(self) -> bool:
         """No thread has an engine in use."""
-        return not self._load.total()
+        return not self._load.total() and not self._express.running
 
     @property
     def ready(self) -> bool:
         """Whether a claim would find an engine."""
-        return any(self._can(engine) for engine in self.engines)
+        return any(self.can(engine) for engine in self.engines)
 
     def work(self) -> bool:
         """Runs shards, one after another, until nothing suits or the worker drains. Returns whether there was any."""
@@ -95,20 +100,29 @@ class Node:
     def _run_one(self) -> bool:
         """Claims the shard that suits best, and runs it. Returns False if there is none."""
         with self._engine() as engine:
-            if engine is None or engine.manifest is None:
+            if engine is None:
                 return False
             asked_s = time.monotonic()
-            claim = self.store.claim(self.name, engine.manifest.id, engine.resident)
+            claim = self.claim(engine)
             if claim is None:
                 return False
-            run = ShardRun(self.store, self.name, engine, claim, asked_s, self.drain)
-            try:
-                run.run(self.leases)
-            finally:
-                with self._lock:
-                    self.rows[engine] += run.rows_done
-                    self.shards_done += 1
+            self.run(engine, claim, asked_s)
             return True
+
+    def claim(self, engine: EngineProcess, lane: Lane = Lane.BULK) -> Claim | None:
+        """The shard that suits an engine best, if it is still there and there is one. Raises StoreError."""
+        manifest = engine.manifest
+        return None if manifest is None else self.store.claim(self.name, manifest.id, engine.resident, lane=lane)
+
+    def run(self, engine: EngineProcess, claim: Claim, asked_s: float) -> None:
+        """Runs a claimed shard to its end; `asked_s` is from before the claim. Raises StoreError as ShardRun.run."""
+        run = ShardRun(self.store, self.name, engine, claim, asked_s, self.drain)
+        try:
+            run.run(self.leases)
+        finally:
+            with self._lock:
+                self.rows[engine] += run.rows_done
+                self.shards_done += 1
 
     @contextmanager
     def _engine(self) -> Iterator[EngineProcess | None]:
@@ -117,7 +131,7 @@ class Node:
         while not (self.drain.asked or self.failure):
             with self._lock:
                 most = self.options.concurrency if len(self.engines) > 1 else math.inf
-                able = [engine for engine in self.engines if self._can(engine) and self._load[engine] < most]
+                able = [engine for engine in self.engines if self.can(engine) and self._load[engine] < most]
                 if able:
                     chosen = min(able, key=lambda engine: self._load[engine])
                     self._load[chosen] += 1
@@ -132,7 +146,8 @@ class Node:
             with self._lock:
                 self._load[chosen] -= 1
 
-    def _can(self, engine: EngineProcess) -> bool:
+    def can(self, engine: EngineProcess) -> bool:
+        """Whether it takes shards that are claimed for it."""
         return engine.ready and engine.offered.settled
 
     def fail(self, failure: Failure) -> None:

@@ -66,6 +66,10 @@ class Request:
     """Static: computed while the base's weights are those with the mix merged in. Dynamic otherwise."""
     decode: Callable[[list[int]], str] | None = None
     """Token ids to text, which finds stop strings: tokens are what the mix's vocabulary says."""
+    urgent: bool = False
+    """Somebody waits for it: it starts before the rows that wait, and they do not wait for it for ever."""
+    follow: Follow | None = None
+    """Told of every token that does not end its answer, as it is drawn: the answer's index, the token, its logprob."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,6 +80,9 @@ class TokenLogprob:
     logprob: float
     top: list[tuple[int, float]]
     """(token id, logprob), best first; as many as asked for."""
+
+
+Follow = Callable[[int, int, TokenLogprob | None], None]
 
 
 @dataclass(slots=True)

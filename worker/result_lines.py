@@ -11,7 +11,8 @@ from loramill.schemas.prompt import Prompter
 from loramill.schemas.request import Row
 from loramill.schemas.response import Answer, Choice, Served, TokenInfo, error_line, ok_line
 from loramill.store.records import DoneRow
-from loramill.worker.request import Completion, FinishReason, Result, TokenLogprob
+from loramill.worker.deltas import token_info
+from loramill.worker.request import Completion, FinishReason, Result
 from loramill.worker.shard import InFlight
 from loramill.worker.worker_stats import counted_as
 
@@ -62,16 +63,10 @@ def choice(completion: Completion, prompter: Prompter) -> Choice:
         text, _, _ = text.partition(completion.stop_string)
     logprobs = None
     if completion.logprobs is not None:
-        logprobs = [_token(token, prompter) for token in completion.logprobs[: len(shown)]]
+        logprobs = [token_info(token, prompter) for token in completion.logprobs[: len(shown)]]
         if completion.stop_string is not None:
             logprobs = _up_to(logprobs, len(text.encode()))
     return Choice(completion.index, text, completion.finish_reason.value, completion.token_ids, logprobs)
-
-
-def _token(token: TokenLogprob, prompter: Prompter) -> TokenInfo:
-    text, raw = prompter.piece(token.token_id)
-    top = [TokenInfo(*prompter.piece(token_id), logprob) for token_id, logprob in token.top]
-    return TokenInfo(text, raw, token.logprob, top)
 
 
 def _up_to(tokens: list[TokenInfo], length: int) -> list[TokenInfo]:

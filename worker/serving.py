@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loramill.schemas.job import JobSpec
+from loramill.schemas.job import JobSpec, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.schemas.names import Named, Names
 from loramill.schemas.prompt import Prompter
@@ -106,8 +106,16 @@ class Served:
             for name, pinned in spec.names.adapters.items()
         }
         names = Names(spec.names.base, known, spec.names.aliases, spec.names.routes)
-        manifest = self.manifest
-        return Job(spec.id, names, manifest.sampling_defaults, manifest.max_model_len, spec.seed, spec.dedupe)
+        return Job(
+            spec.id,
+            names,
+            self.manifest.sampling_defaults,
+            self.manifest.max_model_len,
+            spec.seed,
+            spec.dedupe,
+            urgent=spec.lane is Lane.ASK,
+            stream=spec.stream,
+        )
 
     @property
     def alone(self) -> frozenset[str]:

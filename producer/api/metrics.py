@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from typing import cast
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import Metric
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from loramill.producer.api.context import Api, ApiOf, OperatorOf
 from loramill.producer.api.families import families
@@ -61,30 +60,6 @@ def metrics_of(api: Api) -> Metrics:
     if "metrics" not in api.shared:
         api.shared["metrics"] = Metrics(api.store)
     return cast(Metrics, api.shared["metrics"])
-
-
-class CountRequests:
-    """Counts every request that passes it, be its answer an error or never finished: outside of all else."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        status, began_s = 500, time.perf_counter()
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, sending)
-        finally:
-            metrics_of(scope["app"].state.api).count(scope, status, time.perf_counter() - began_s)
 
 
 @router.get(

@@ -29,7 +29,7 @@ def modules() -> set[str]:
 
 def scripts() -> set[str]:
     """What runs inside Redis, as its path in a wheel."""
-    return {f"loramill/{path.relative_to(REPO).as_posix()}" for path in (REPO / "store" / "lua").iterdir()}
+    return {f"loramill/{path.relative_to(REPO).as_posix()}" for path in (REPO / "store").rglob("*.lua")}
 
 
 def shipped(wheel: Path) -> dict[str, bytes]:
