@@ -243,16 +243,20 @@ def test_workers_and_adapters(site: Site) -> None:
     site.api.shared["throughput"].look()
     words = see(site, "/").words
     assert "Workers ready 1 of 2" in words
-    assert "cuda:0 stub w2 · gpu-host loading 2 restarts 1 5" in words
+    assert "cuda:0 stub w2 · gpu-host 1 in slots: a03 loading 2 restarts 5" in words
+    assert "Running jobs 1 Rows to go 4" in words
     assert "broken: rank 512 is too much" in words
     assert "16 served a05 rank 8 1 job a03 rank 8 resident on 1 a00 rank 8 idle" in words
 
 
 def test_who_is_no_operator_sees_no_machines(keyed: Site) -> None:
-    keyed.store.hello(WorkerRecord("w2", MANIFEST.id, MANIFEST.base_id, "cuda:0", "ready", 1, 2, "gpu-host"))
+    said = WorkerRecord("w2", MANIFEST.id, MANIFEST.base_id, "cuda:0", "ready", 1, 2, "gpu-host", ("key-03", "key-04"))
+    keyed.store.hello(said)
     assert "gpu-host" in see(keyed, "/", "ops").words
     words = see(keyed, "/", "ann").words
     assert "cuda:0" in words and "gpu-host" not in words and "w2" not in words.split()
+    # Bob may use one adapter: of the others he sees no names.
+    assert re.findall(r"a\d\d", see(keyed, "/", "bob").words) == ["a03", "a03"]
 
 
 def test_nothing_that_others_wrote_becomes_markup(site: Site) -> None:
