@@ -7,8 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +16,9 @@ from typing import Any
 import pytest
 
 from loramill.producer.cli import main
-from loramill.schemas.job import JobStatus
+from loramill.schemas.job import JobNames, JobSpec, JobStatus, Pinned
 from loramill.store.opening import open_store
+from loramill.store.records import DoneRow, NewShard
 from loramill.worker.adapters import open_adapter
 from loramill.worker.model import describe_base
 from tests.worker.queueing import until
@@ -55,28 +54,44 @@ class Site:
             main([*map(str, arguments), "--store", self.url, "--store-prefix", self.prefix])
         return int(ended.value.code or 0)
 
-    def submit(self, job: str, models: list[str], tokens: int = 8) -> int:
+    def occupy(self, shards: int) -> None:
+        """A job `load` of so many small shards, of rows for `one` and for the base in turn."""
+        [serving] = self.store.manifests()
+        names = JobNames(base=serving.base, adapters={"one": Pinned(key=serving.adapters[0].key)})
+        self.store.stage(JobSpec(id="load", base_id=serving.base_id, names=names))
+        for number in range(shards):
+            rows = [8 * number + at for at in range(8)]
+            lines = [{"id": f"r{row}", "adapter": "one" if row % 2 == 0 else "", "prompt": f"row {row}",
+                      "max_tokens": 160, "ignore_eos": True} for row in rows]  # fmt: skip
+            said = [(row, json.dumps(line).encode()) for row, line in zip(rows, lines, strict=True)]
+            self.store.add_shard("load", NewShard(number, said, (serving.adapters[0].key,)))
+        self.store.accept("load")
+
+    def submit(self, job: str, models: list[str]) -> int:
         """A job of OpenAI's lines, one for each of `models`."""
         path = self.folder / f"{job}.jsonl"
         lines = [
             {
                 "custom_id": f"{job}-{at}", "method": "POST", "url": "/v1/completions",
-                "body": {"model": model, "prompt": f"row {at}", "max_tokens": tokens, "temperature": 0,
+                "body": {"model": model, "prompt": f"row {at}", "max_tokens": 8, "temperature": 0,
                          "ignore_eos": True},
             }
             for at, model in enumerate(models)
         ]  # fmt: skip
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return self.command("submit", path, "--id", job)
+        return self.command("submit", path, "--id", job, "--priority", 10)
 
     def bodies(self, job: str) -> list[dict[str, Any]]:
         """The answers of an ended job, of which none may have failed."""
         until(lambda: self.store.job(job).status.ended, LONG_S)
         done = self.store.job(job)
         assert (done.status, done.failed) == (JobStatus.COMPLETED, 0)
-        chunks = self.store.results(job, limit=1000)
-        rows = sorted((row for chunk in chunks for row in chunk.rows()), key=lambda row: row.row)
-        return [json.loads(row.line)["response"]["body"] for row in rows]
+        return [json.loads(row.line)["response"]["body"] for row in self.rows(job)]
+
+    def rows(self, job: str) -> list[DoneRow]:
+        """In input order."""
+        rows = [row for chunk in self.store.results(job, limit=10_000) for row in chunk.rows()]
+        return sorted(rows, key=lambda row: row.row)
 
     def sha256(self, name: str) -> str:
         return open_adapter(str(self.adapters / name), describe_base(str(self.base)), max_rank=64).sha256
@@ -93,73 +108,48 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: Path, tiny_a
     here.store.close()
 
 
-@contextmanager
-def load(site: Site) -> Iterator[list[str]]:
-    """Jobs of the base and of `one`, all the while; their ids."""
-    over, jobs = threading.Event(), list[str]()
-
-    def submit() -> None:
-        while not over.is_set():
-            if not jobs or site.store.job(jobs[-1]).status.ended:
-                assert site.submit(f"load-{len(jobs)}", ["one", "tiny-base"] * 40, tokens=40) == 0
-                jobs.append(f"load-{len(jobs)}")
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=submit)
-    thread.start()
-    try:
-        yield jobs
-    finally:
-        over.set()
-        thread.join()
-
-
 def texts(bodies: list[dict[str, Any]]) -> list[str]:
     return [body["choices"][0]["text"] for body in bodies]
 
 
 def test_adapters_come_change_and_go_under_load(
-    site: Site, tiny_adapters: Path, make_adapter: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    site: Site, tiny_adapters: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with site.working(), load(site) as jobs:
+    with site.working():
+        # All the while there is something to do; what is asked for meanwhile comes first.
+        site.occupy(shards=300)
         assert site.submit("base", ["tiny-base"] * 4) == 0
         assert site.submit("early", ["new"]) == 4, "nobody serves it yet"
 
-        shutil.copytree(tiny_adapters / "two", site.adapters / "new")
-        assert site.command("adapters", "load", "new") == 0
-        first = site.sha256("new")
-        assert site.submit("first", ["new"] * 4) == 0
-
-        shutil.rmtree(site.adapters / "new")
-        shutil.copytree(tiny_adapters / "three", site.adapters / "new")
-        assert site.command("adapters", "load", "new") == 0
-        second = site.sha256("new")
-        assert first != second
-        assert site.submit("second", ["new"] * 4) == 0
-
-        answers = {job: site.bodies(job) for job in ("base", "second")}
-        assert {body["loramill"]["adapter_sha256"] for body in answers["second"]} == {second}
-        assert all(body["loramill"]["mode"] == "dynamic" for body in answers["second"])
-        # The files of the former are gone: its rows were answered by it, or failed by name, and never by another.
-        until(lambda: site.store.job("first").status.ended, LONG_S)
-        if not site.store.job("first").failed:
-            answers["first"] = site.bodies("first")
-            assert {body["loramill"]["adapter_sha256"] for body in answers["first"]} == {first}
-        said = [text for bodies in answers.values() for text in texts(bodies)]
-        assert len(set(said)) == len(said), "adapters were meant to change answers"
+        for version, source in enumerate(("two", "three"), 1):
+            shutil.copytree(tiny_adapters / source, site.adapters / f"new-v{version}")
+            assert site.command("adapters", "load", "new", f"new-v{version}") == 0
+            assert site.submit(f"v{version}", ["new"] * 4) == 0
+        answers = {job: site.bodies(job) for job in ("base", "v1", "v2")}
+        for version in (1, 2):
+            bodies = answers[f"v{version}"]
+            assert {body["loramill"]["adapter_sha256"] for body in bodies} == {site.sha256(f"new-v{version}")}
+            assert {body["loramill"]["mode"] for body in bodies} == {"dynamic"}
+        for three in zip(*map(texts, answers.values()), strict=True):
+            assert len(set(three)) == 3, "adapters were meant to change answers"
 
         assert site.command("adapters", "unload", "new") == 0
         assert site.submit("late", ["new"]) == 4
         assert "an operator has unloaded it" in capsys.readouterr().err
-        assert site.command("adapters", "load", "new") == 0
+        assert site.command("adapters", "load", "new", "new-v1") == 0
         assert site.submit("again", ["new"] * 4) == 0
-        assert texts(site.bodies("again")) == texts(answers["second"])
-    assert len(jobs) > 1
-    one = site.sha256("one")
-    for job in jobs:
-        if site.store.job(job).status.ended:
-            hashes = [body.get("loramill", {}).get("adapter_sha256") for body in site.bodies(job)]
-            assert hashes == [one, None] * 40, "and nobody else's rows were touched"
+        assert texts(site.bodies("again")) == texts(answers["v1"])
+
+        busy = site.store.job("load")
+        assert busy.status is JobStatus.IN_PROGRESS, "the worker was meant to be busy to the end"
+        assert site.command("cancel", "load") == 0
+        until(lambda: site.store.job("load").status.ended, LONG_S)
+        assert site.store.job("load").failed == 0
+        for row in site.rows("load"):
+            body = json.loads(row.line)["response"]["body"]
+            expected = (None, site.sha256("one"))[row.row % 2 == 0]
+            assert body.get("loramill", {}).get("adapter_sha256") == expected, "nobody else's rows were touched"
+        assert site.store.workers()[0].stats["adapters"]["new"]["completed"] == 12
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason_and_the_worker_goes_on(
@@ -180,7 +170,7 @@ def test_what_cannot_be_served_is_refused_with_its_reason_and_the_worker_goes_on
             "wide": "rank 16 is over the limit of 8",
             "still": "it would change nothing",
             "pickled": "adapter_model.bin",
-            "other": "no place",
+            "other": "target_modules",
             "absent": "no such folder",
         }.items():
             if name != "absent":
