@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -115,7 +116,9 @@ def install(app: FastAPI) -> None:
         return invalid(f"{name or 'the request'}: {first['msg']}", param=name).response()
 
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        # Where, and not what it says: that may hold what was in the request.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("%s %s failed: %s\n%s", request.method, request.url.path, type(error).__name__, where)
         return ApiError(500, "something went wrong here; the server's log says what", code="internal_error").response()
 
     app.add_exception_handler(ApiError, ours)
