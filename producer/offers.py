@@ -135,6 +135,7 @@ def open_offer(
 
     adapters = {name: named(offer) for name, offer in all_.adapters.items()}
     ids = {worker.manifest for worker in workers}
+    current = [manifest for manifest in manifests if manifest.id in ids] or manifests
     slots = [manifest.max_loras for manifest in manifests if manifest.id in ids] or [latest.max_loras]
     return Offer(
         latest.base_id,
@@ -146,7 +147,8 @@ def open_offer(
         min(slots),
         tuple(
             f"{kind} `{name}`: workers mean different things by it; what was published last counts"
-            for name, kind in all_.differing.items()
+            # Of what nobody serves any more (an adapter was replaced) there is nothing to say.
+            for name, kind in together(current).differing.items()
         ),
     )
 

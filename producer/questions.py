@@ -81,8 +81,8 @@ class Questions:
         threading.Thread(target=self._jobs.warm, daemon=True).start()
 
     def close(self) -> None:
-        """Nothing more is asked."""
-        self._pool.shutdown(cancel_futures=True)
+        """Nothing more is asked; questions that nobody waits for any more are taken back first."""
+        self._pool.shutdown()
 
     async def ask(self, line: bytes, asker: Asker) -> Answered:
         """The answer to a batch line. Cancelled, it takes the question back. Raises as `stream`."""
@@ -126,7 +126,7 @@ class Questions:
         finally:
             self._open[owner] -= 1
             if putting is not None:  # it may be put yet
-                putting.add_done_callback(lambda _: self._pool.submit(self._jobs.let_go, question_id))
+                putting.add_done_callback(lambda _: self._let_go(question_id))
 
     async def _followed(self, put: Put, stream: bool, until_s: float) -> AsyncGenerator[Delta | Answered, None]:
         heard, number, pause_s = Heard(), 0, POLL_S
@@ -156,6 +156,12 @@ class Questions:
             for delta in heard.rest(answered.body):
                 yield delta
         yield answered
+
+    def _let_go(self, question_id: str) -> None:
+        try:
+            self._pool.submit(self._jobs.let_go, question_id)
+        except RuntimeError:  # the pool was closed meanwhile
+            self._jobs.let_go(question_id)
 
     async def _insist(self, look: Callable[[], _T], until_s: float) -> _T:
         """What the store says, as soon as it answers."""

@@ -126,14 +126,15 @@ class Input:
             raise InputError(f"{self.name}:1: the file is UTF-16; save it as UTF-8", ErrorCode.INVALID_JSON_LINE)
 
 
-def open_input(path: str, spool_dir: str) -> Input:
+def open_input(path: str, spool_dir: str, *, max_bytes: int | None = None) -> Input:
     """Open a file of lines, plain, gzip or zstd, or `-` for stdin.
 
     A plain regular file is read in place. Anything else is copied, uncompressed, into an unnamed temporary file in
-    `spool_dir`, which vanishes at `close`. Raises InputError; OSError is about the spool (folder missing, disk full).
+    `spool_dir`, which vanishes at `close`; `max_bytes` is what it may come to. Raises InputError; OSError is about the
+    spool (folder missing, disk full).
     """
     if path == "-":
-        return _spool("stdin", cast(io.BufferedReader, sys.stdin.buffer), spool_dir)
+        return _spool("stdin", cast(io.BufferedReader, sys.stdin.buffer), spool_dir, max_bytes)
     with ExitStack() as stack:
         try:
             file = stack.enter_context(Path(path).open("rb"))
@@ -141,7 +142,7 @@ def open_input(path: str, spool_dir: str) -> Input:
         except OSError as error:
             raise _unreadable(path, error) from None
         if not in_place:
-            return _spool(path, file, spool_dir)
+            return _spool(path, file, spool_dir, max_bytes)
         stack.pop_all()
         return Input(path, file)
 
@@ -159,10 +160,12 @@ def _compression(name: str, file: io.BufferedReader) -> str | None:
     return found
 
 
-def _spool(name: str, file: io.BufferedReader, spool_dir: str) -> Input:
+def _spool(name: str, file: io.BufferedReader, spool_dir: str, max_bytes: int | None) -> Input:
     with ExitStack() as stack:
         target = stack.enter_context(tempfile.TemporaryFile(dir=spool_dir))
         for chunk in _chunks(name, file):
+            if max_bytes is not None and target.tell() + len(chunk) > max_bytes:
+                raise InputError(f"{name}: unpacks to more than {max_bytes} bytes")
             target.write(chunk)
         target.flush()
         stack.pop_all()

@@ -169,6 +169,8 @@ class ResultFeed(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ResultLine]
+    rows: list[int]
+    """Where each of them is in the input, from 0."""
     next: int
     """What `after` has to be to get those that follow."""
     has_more: bool

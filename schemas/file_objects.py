@@ -57,9 +57,9 @@ class UploadAsked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bytes: Annotated[int, Field(gt=0)]
-    filename: str
+    filename: Annotated[str, Field(json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f/\\]{1,240}\.jsonl(\.gz|\.zst)?$"})]
     mime_type: str
-    purpose: str
+    purpose: Annotated[str, Field(json_schema_extra={"enum": ["batch"]})]
     expires_after: ExpiresAfter | None = None
 
 

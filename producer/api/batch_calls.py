@@ -21,7 +21,8 @@ _NO_RETRY = {"x-should-retry": "false"}
 
 def create(api: Api, caller: Caller, asked: BatchCreate, *, key: str | None = None) -> BatchObject:
     """A new batch of an uploaded file; the one that the same create with this Idempotency-Key, or an equal one within
-    the last minute, has made. Raises ApiError: 404 for the file, 429 beyond the caller's quotas."""
+    the last minute, has made. With a key, a file of the same content is the same file: who submits again after a crash
+    has uploaded again. Raises ApiError: 404 for the file, 429 beyond the caller's quotas."""
     try:
         file = Contents(api.shelf).find(caller.name, asked.input_file_id)
     except RecordNotFound:
@@ -41,7 +42,8 @@ def create(api: Api, caller: Caller, asked: BatchCreate, *, key: str | None = No
         adapters=caller.adapters,
         pending_rows=caller.quota.pending_rows,
     )
-    return _create(api, caller, data, Once(api.shelf, caller.name, "batch", asked.model_dump_json().encode(), key))
+    same = asked if key is None else asked.model_copy(update={"input_file_id": file.sha256})
+    return _create(api, caller, data, Once(api.shelf, caller.name, "batch", same.model_dump_json().encode(), key))
 
 
 def retrieve(api: Api, caller: Caller, batch_id: str) -> BatchObject:

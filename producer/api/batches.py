@@ -14,6 +14,7 @@ from loramill.producer.api.batch_book import Batch, Book
 from loramill.producer.api.batch_events import END, stream
 from loramill.producer.api.context import Api, ApiOf, CallerOf
 from loramill.producer.api.errors import ApiError
+from loramill.producer.api.event_streams import EVENT_STREAM
 from loramill.producer.api.feed import Feeds, Page
 from loramill.schemas.batch_objects import BatchCreate, BatchList, BatchObject, BatchRetry, ResultFeed
 from loramill.store.errors import JobNotFound
@@ -79,7 +80,7 @@ def retry_batch(
 
 
 _EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": EVENT_STREAM},
     204: {"description": "All events were seen."},
 }
 
@@ -123,7 +124,8 @@ async def read_results(
         said = {"x-loramill-next": str(page.next), "x-loramill-has-more": str(more).lower()}
         return Response(b"".join(line + b"\n" for line in page.lines), media_type=_LINES, headers=said)
     head = b'{"object":"list","data":['
-    tail = f'],"next":{page.next},"has_more":{str(more).lower()}}}'.encode()
+    rows = ",".join(map(str, page.rows))
+    tail = f'],"rows":[{rows}],"next":{page.next},"has_more":{str(more).lower()}}}'.encode()
     return Response(head + b",".join(page.lines) + tail, media_type="application/json")
 
 
@@ -132,7 +134,7 @@ def _page(api: Api, batch_id: str, after: int, limit: int) -> tuple[Page, bool]:
     batch = Book(api.shelf).get(batch_id)
     job = _job(api, batch)
     if job is None:
-        return Page([], after), not batch.ended
+        return Page([], [], after), not batch.ended
     feeds: Feeds = api.shared.setdefault("feeds", Feeds(api.store))
     page = feeds.read(job, after, limit)
     return page, not job.status.ended or page.next < job.completed + job.failed

@@ -18,6 +18,7 @@ BODY_S = 60.0
 MAX_DEPTH = 64
 DRAIN_BYTES, DRAIN_S = 2**24, 3.0
 """How much more is read of what was refused, so that who sends it reads the answer and not a reset connection."""
+_END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
 _FILES = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
@@ -34,7 +35,8 @@ class Body:
         self._ended = "content-length" not in headers and "transfer-encoding" not in headers
         self._seen = 0
         self._read: bytes | None = None
-        self._may_be_watched, self._watched, self._refused = scope["method"] == "GET", False, False
+        self._may_be_watched = scope["method"] == "GET"
+        self._watched = self._refused = self._answered = False
 
     async def check(self) -> None:
         """Raises ApiError: it is too large, too slow, or nested too deeply."""
@@ -70,8 +72,14 @@ class Body:
             with suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_S):
                     await self._drain()
-            message = {"type": "http.response.body", "body": b"", "more_body": False}
+            message = _END
+        self._answered = message["type"] == "http.response.body" and not message.get("more_body", False)
         await send(message)
+
+    async def let_go(self, send: Send) -> None:
+        """Ends the answer of whoever watched to the end of the server."""
+        if self._watched and not self._answered and self._closing.is_set():
+            await send(_END)
 
     async def _next(self) -> Message:
         message = await self._receive()

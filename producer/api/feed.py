@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from loramill.producer.waiting import PAGE
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreLost
 from loramill.store.packing import Chunk
-from loramill.store.records import Job
+from loramill.store.records import DoneRow, Job
 
 MAX_BYTES = 8 * 2**20
 """Of lines in one answer, unless a single one is longer."""
@@ -28,6 +29,8 @@ _KEPT = 32
 class Page:
     """Some rows' lines, without their newlines."""
 
+    rows: list[int]
+    """Where each is in the input."""
     lines: list[bytes]
     next: int
     """How many rows come before those that follow."""
@@ -48,13 +51,14 @@ class Feeds:
             self._known.move_to_end(job.id)
             while len(self._known) > _KEPT:
                 self._known.popitem(last=False)
-        lines, size = list[bytes](), 0
-        for line in feed.lines(self._store, job, after):
-            if len(lines) == limit or (lines and size + len(line) > MAX_BYTES):
+        rows, lines, size = list[int](), list[bytes](), 0
+        for done in feed.rows(self._store, job, after):
+            if len(lines) == limit or (lines and size + len(done.line) > MAX_BYTES):
                 break
-            lines.append(line)
-            size += len(line)
-        return Page(lines, after + len(lines))
+            rows.append(done.row)
+            lines.append(done.line)
+            size += len(done.line)
+        return Page(rows, lines, after + len(lines))
 
 
 class _Feed:
@@ -67,7 +71,7 @@ class _Feed:
         self._parts: dict[int, NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
 
-    def lines(self, store: JobStore, job: Job, after: int) -> Iterator[bytes]:
+    def rows(self, store: JobStore, job: Job, after: int) -> Iterator[DoneRow]:
         """From row number `after` on."""
         known = len(self._starts) - 1
         number = known if after >= self._starts[known] else bisect_right(self._starts, after) - 1
@@ -79,7 +83,7 @@ class _Feed:
                 first = self._first(number, chunk)
                 skipped = max(after - self._starts[number], 0)
                 if skipped < len(first):
-                    yield from [row.line for row in first.rows()][skipped:]
+                    yield from islice(first.rows(), skipped, None)
                 number += 1
 
     def _first(self, number: int, chunk: Chunk) -> Chunk:

@@ -120,6 +120,7 @@ class Gate:
                 scope["state"]["caller"] = caller
         await body.check()
         await self._app(scope, body.receive, say)
+        await body.let_go(say)
 
     async def _caller(self, headers: Headers, method: str) -> Caller | None:
         """Who asks: by a token, or else by a session's cookie."""

@@ -99,7 +99,7 @@ def _given(api: Api, batch: Batch, go_on: GoOn) -> Iterator[Input]:
                 go_on()
                 copy.write(piece)
         try:
-            with open_input(str(path), folder) as source:
+            with open_input(str(path), folder, max_bytes=api.limits.unpacked_bytes) as source:
                 source.name = file.filename
                 yield source
         except InputError as error:

@@ -34,23 +34,23 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def run_server(options: ServeOptions) -> ExitCode:
     """Serves until it is told to end; a second signal ends it at once. For the main thread. Raises Failure."""
-    _log_to_stderr()
-    stopping = _Stopping()
-    try:
-        keys = Keys(options.keys)
-    except KeysUnreadable as error:
-        raise Failure(ExitCode.INPUT, str(error)) from error
     with ExitStack() as stack:
+        try:
+            keys = Keys(options.keys)
+        except KeysUnreadable as error:
+            raise Failure(ExitCode.INPUT, str(error)) from error
         listener = stack.enter_context(_listen(options.host, options.port, open_to_all=keys.open))
         store = stack.enter_context(store_of(options, create=True))
         api = Api(
             store, keys, _limits(options), store_url=options.store or "", base=options.base, broker=options.broker,
             prefix=options.store_prefix, name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
         )  # fmt: skip
-        hosts = {*_LOOPBACK, _written(options.host).lower()} if keys.open else None
         parts = parts_of(api, options)
+        hosts = {*_LOOPBACK, _written(options.host).lower()} if keys.open else None
         server = _Server(make_app(api, hosts), _url(options.host, listener))
-        stopping.server = server
+        # From here on nothing is refused, and what is said and heard is the server's.
+        _log_to_stderr()
+        _stop_by_signals(server)
         if options.embedded:
             _start(EmbeddedWorker(options.worker, server.fail), stack)
         for part in parts:
@@ -61,15 +61,19 @@ def run_server(options: ServeOptions) -> ExitCode:
     return ExitCode.OK
 
 
+def config_of(app: Application) -> uvicorn.Config:
+    """How uvicorn is to serve it. h11 alone, whatever else is installed: its limits are known."""
+    return uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=FINISH_S, backlog=BACKLOG,
+    )  # fmt: skip
+
+
 class _Server(uvicorn.Server):
     """It says when it listens, and lets others decide when it ends."""
 
     def __init__(self, app: Application, url: str) -> None:
-        config = uvicorn.Config(
-            app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=FINISH_S, backlog=BACKLOG,
-        )  # fmt: skip
-        super().__init__(config)
+        super().__init__(config_of(app))
         self._app, self._url = app, url
         self.failure: Failure | None = None
 
@@ -90,23 +94,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Stopping:
-    """SIGTERM and SIGINT: the first asks for an orderly end, the second ends at once."""
+def _stop_by_signals(server: _Server) -> None:
+    """The first asks for an orderly end, the second ends at once."""
 
-    def __init__(self) -> None:
-        self.server: _Server | None = None
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if server.should_exit:
             os._exit(ExitCode.INTERRUPTED)
-        self._asked = True
-        if self.server is None:
-            raise KeyboardInterrupt
-        self.server.should_exit = True
+        server.should_exit = True
         os.write(2, b"finishing the requests that run; once more to stop at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 def _start(part: Part, stack: ExitStack) -> None:

@@ -72,6 +72,12 @@ def cookie_of(headers: Headers) -> str | None:
     return None if found is None else found.value
 
 
+@router.get("/login")
+async def signed_in() -> Response:
+    """For who is signed in already: the gate shows the form to all others."""
+    return RedirectResponse("/", 303)
+
+
 @router.post("/login")
 async def login(request: Request, api: ApiOf, key: Annotated[str, Form(max_length=1000)] = "") -> Response:
     """A cookie for a key."""

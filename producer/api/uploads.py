@@ -149,14 +149,15 @@ def _must_be_pending(upload: _Upload) -> None:
 
 
 def _ended(how: str) -> ApiError:
-    return invalid(f"the upload was {how} already", code="upload_not_pending")
+    never = {"x-should-retry": "false"}
+    return ApiError(409, f"the upload was {how} already", code="upload_not_pending", headers=never)
 
 
 def _parts(api: Api, caller: Caller, upload_id: str, upload: _Upload, part_ids: Sequence[str]) -> list[StoredFile]:
     there = {part.id: part for part in Parts(api.shelf).list(caller.name, purpose=upload_id)[0]}
     unknown = [part_id for part_id in part_ids if part_id not in there]
     if unknown:
-        raise invalid(f"the upload has no part {unknown[0]}", param="part_ids", code="part_not_found")
+        raise not_found("part", unknown[0], param="part_ids")
     if len(set(part_ids)) < len(part_ids):
         raise invalid("a part is named twice", param="part_ids")
     parts = [there[part_id] for part_id in part_ids]

@@ -18,11 +18,16 @@ import uvicorn
 
 from loramill.producer.api.app import make_app
 from loramill.producer.api.context import Api, Caller
+from loramill.producer.api.keys import Keys
 from loramill.store.contract import JobStore
 from loramill.store.redis_store import RedisStore
 from loramill.store.sqlite_store import SqliteStore
+from loramill.worker import engine_process, housekeeping
+from loramill.worker.node import Node
+from tests.producer.api.callers import Callers
 from tests.producer.served_by_stub import MANIFEST, Place
 from tests.servers import free_port
+from tests.worker import queueing
 
 START_S = 60.0
 
@@ -53,24 +58,12 @@ class Live:
         self._opened.close()
 
 
-class Callers:
-    """Who asks, by token: instead of keys in a file."""
-
-    open = False
-
-    def __init__(self, callers: dict[str, Caller]) -> None:
-        self._callers = callers
-
-    def caller(self, token: str | None) -> Caller | None:
-        return self._callers.get(token, Caller(token, operator=False)) if token else None
-
-
 @contextmanager
 def serving(api: Api) -> Iterator[Live]:
     """A server of `api` in a thread."""
     port = free_port()
     live = Live(api, f"http://127.0.0.1:{port}")
-    api.keys = cast(Any, Callers(live.callers))
+    api.keys = cast(Keys, Callers(live.callers))
     config = uvicorn.Config(make_app(api), port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -107,7 +100,7 @@ def place(open_store: Callable[[], JobStore], tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    store = SqliteStore(tmp_path / "store.db")
+    store = SqliteStore(tmp_path / "jobs.db")
     yield store
     store.close()
 
@@ -129,3 +122,27 @@ def until() -> Callable[[Callable[[], object]], None]:
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stub engines, and workers that look and speak often."""
+    for name, value in queueing.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(engine_process, "FIRST_BACKOFF_S", 0.05)
+    monkeypatch.setattr(housekeeping, "ROUND_S", 0.1)
+    monkeypatch.setattr(housekeeping, "HELLO_S", 0.3)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The worker's --adapters-dir."""
+    (tmp_path / "adapters").mkdir()
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def worker(quick: None, store: SqliteStore, root: Path, tmp_path: Path) -> Iterator[Node]:
+    with queueing.working(SqliteStore(tmp_path / "jobs.db"), adapters_dir=root) as (node, _):
+        queueing.until(lambda: [one.state for one in store.workers()] == ["ready"])
+        yield node

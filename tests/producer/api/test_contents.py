@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.producer.api import contents, writing
 from loramill.producer.api.contents import Contents, ContentTooLong
-from loramill.store.errors import StoreFull
+from loramill.store.errors import StoreFull, StoreUnreachable
+from loramill.store.opening import open_store
 from loramill.store.part_files import Files
 from loramill.store.shelf import PIECE_BYTES, RecordChanged, RecordNotFound
 from loramill.store.sqlite_store import SqliteStore
+from tests.servers import RedisServer
 
 
 class Clock:
@@ -205,17 +208,55 @@ def test_pages_of_what_is_finished(store: SqliteStore, monkeypatch: pytest.Monke
     assert [file.id for file in files.list("ann", purpose="batch_output")[0]] == [output]
 
 
-@given(lengths=st.lists(st.integers(0, 5), max_size=5), cut=st.tuples(st.integers(0, 25), st.integers(0, 25)))
-def test_made_of_several_contents(lengths: list[int], cut: tuple[int, int]) -> None:
-    class Pieces:
-        def piece(self, content: str, number: int) -> bytes:
-            return content.encode()
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 700, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1]), max_size=4),
+    cut=st.tuples(st.integers(0, 4 * PIECE_BYTES), st.integers(0, 4 * PIECE_BYTES)),
+)
+def test_made_of_others(sizes: list[int], cut: tuple[int, int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = SqliteStore(Path(folder) / "q.db")
+        parts, files = Contents(store.shelf, "part"), Contents(store.shelf)
+        data = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
+        made = [parts.find("ann", write(parts, one)) for one in data]
+        file = files.join(made, "ann", "whole.jsonl", "batch", id="file-1", sha256="-")
+        assert file == files.join(made, "ann", "whole.jsonl", "batch", id="file-1", sha256="-")
+        assert b"".join(files.read(file)) == b"".join(data)
+        assert b"".join(files.read(file, *cut)) == b"".join(data)[cut[0] : cut[1]]
+        files.remove("ann", "file-1")
+        assert left(store, Path(folder)) == (0, 0)
+        store.close()
 
-    texts = [chr(ord("a") + at) * length for at, length in enumerate(lengths)]
-    whole = "".join(texts).encode()
-    parts = tuple((text, len(text)) for text in texts)
-    file = contents.StoredFile("file-1", "", "x.jsonl", "batch", len(whole), "", 0, None, parts)
-    assert b"".join(Contents(Pieces()).read(file, *cut)) == whole[cut[0] : cut[1]]  # type: ignore[arg-type]
+
+def test_on_redis(redis_server: RedisServer, tmp_path: Path) -> None:
+    store = open_store(redis_server.url, prefix="contents")
+    files = Contents(store.shelf)
+    for name in ("a.jsonl", "b.jsonl"):
+        file = files.find("ann", write(files, BIG, name=name))
+        assert b"".join(files.read(file, 5, PIECE_BYTES + 7)) == BIG[5 : PIECE_BYTES + 7]
+    with files.begin("ann", "c.jsonl", "batch") as new:
+        new.write(BIG)
+    page, more = files.list("ann", limit=1)
+    assert ([one.filename for one in page], more) == (["b.jsonl"], True)
+    assert store.shelf.usage("file", "ann").size == 2 * len(BIG)
+    for one in files.list("ann")[0]:
+        files.remove("ann", one.id)
+    assert store.shelf.usage("file", "ann").count == 0
+    assert [key for key in redis_server.client().keys("*contents*") if b"content:" in key] == []
+    store.close()
+
+
+def test_a_store_that_did_it_and_did_not_say_so(store: SqliteStore, tmp_path: Path) -> None:
+    """`finish` fails after it was done: the caller was told that there is no file, and so it is."""
+    files = Contents(store.shelf)
+    with pytest.raises(StoreUnreachable), files.begin("ann", "in.jsonl", "batch") as new:
+        new.write(BIG)
+        had = new._record
+        new.finish()
+        new._record, new._finished = had, False  # what it knows when the answer is lost
+        raise StoreUnreachable("no answer")
+    assert files.list("ann") == ([], False)
+    assert left(store, tmp_path) == (0, 0)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

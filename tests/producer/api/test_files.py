@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -304,8 +305,11 @@ def begin_upload(live: Live, size: int, sent: bytes) -> socket.socket:
     connection = socket.create_connection((host, int(port)), timeout=60)
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
     connection.sendall(
-        b"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer ann\r\n"
-        b"Content-Type: multipart/form-data; boundary=x\r\n" + f"Content-Length: {size}\r\n\r\n".encode() + head + sent
+        f"POST /v1/files HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer ann\r\n".encode()
+        + b"Content-Type: multipart/form-data; boundary=x\r\n"
+        + f"Content-Length: {size}\r\n\r\n".encode()
+        + head
+        + sent
     )
     return connection
 
@@ -339,35 +343,19 @@ def test_a_full_store_leaves_nothing(live: Live, store: SqliteStore) -> None:
     assert upload(live.client(), BIG).bytes == len(BIG)
 
 
-# A server of its own, as it can be killed, and as no file of it may grow beyond a limit.
-SERVER = """
-import resource, signal, sys
-import uvicorn
-from loramill.producer.api.app import make_app
-from loramill.producer.api.context import Api
-from loramill.store.part_files import Files
-from loramill.store.sqlite_store import SqliteStore
-from tests.producer.api.conftest import Callers
-
-folder, port, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-store = SqliteStore(folder + "/store.db", files=Files(folder + "/files"))
-if limit:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-uvicorn.run(Callers(make_app(Api(store, None)), {}), port=port, log_level="error", lifespan="off")
-"""
-
-
 @pytest.fixture
-def process(tmp_path: Path, until: Any) -> Iterator[Callable[[int], tuple[Live, subprocess.Popen[bytes]]]]:
+def process(tmp_path: Path, until: Any) -> Iterator[Callable[..., tuple[Live, subprocess.Popen[bytes]]]]:
+    """Starts `loramill serve`, which can be killed."""
     from tests.servers import free_port
 
     started: list[subprocess.Popen[bytes]] = []
     lives: list[Live] = []
 
-    def start(limit: int) -> tuple[Live, subprocess.Popen[bytes]]:
+    def start() -> tuple[Live, subprocess.Popen[bytes]]:
         port = free_port()
-        started.append(subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), str(port), str(limit)]))
+        command = [sys.executable, "-c", "from loramill.producer.cli import main; main()", "serve"]
+        where = ["--port", str(port), "--store", f"sqlite:///{tmp_path}/store.db", "--files", str(tmp_path / "files")]
+        started.append(subprocess.Popen([*command, *where], cwd=tmp_path))
         live = Live(cast(Any, None), f"http://127.0.0.1:{port}")
         lives.append(live)
 
@@ -390,7 +378,7 @@ def process(tmp_path: Path, until: Any) -> Iterator[Callable[[int], tuple[Live, 
 
 
 def test_a_killed_server_leaves_what_is_found(process: Any, tmp_path: Path, until: Any) -> None:
-    live, server = process(0)
+    live, server = process()
     folder = tmp_path / "files"
 
     def kept() -> int:
@@ -400,7 +388,7 @@ def test_a_killed_server_leaves_what_is_found(process: Any, tmp_path: Path, unti
         until(lambda: kept() >= 2)
         server.kill()
         server.wait()
-    live, _ = process(0)
+    live, _ = process()
     assert live.client().files.list().data == []
     later = SqliteStore(tmp_path / "store.db", files=Files(str(folder)), clock=lambda: time.time() + 3700)
     assert Tidier(later.shelf, "test").tidy() == 1
@@ -409,8 +397,9 @@ def test_a_killed_server_leaves_what_is_found(process: Any, tmp_path: Path, unti
 
 
 def test_a_disk_that_is_full(process: Any, tmp_path: Path) -> None:
-    # Pieces of noise cannot be packed below the limit; the database stays far below it.
-    live, _ = process(PIECE_BYTES // 2)
+    live, server = process()
+    # No file may grow beyond it: pieces of noise cannot be packed so far, and the database stays far below.
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (PIECE_BYTES // 2, PIECE_BYTES // 2))
     with pytest.raises(openai.InternalServerError) as refused:
         upload(live.client(), BIG)
     assert refusal(refused.value) == (507, "storage_full", None)

@@ -101,9 +101,9 @@ def test_parts_in_the_order_that_is_said(live: Live, store: SqliteStore) -> None
         lambda: client.uploads.cancel(upload.id),
         lambda: client.uploads.parts.create(upload.id, data=b"late"),
     ):
-        with pytest.raises(openai.BadRequestError) as refused:
+        with pytest.raises(openai.ConflictError) as refused:
             call()
-        assert refusal(refused.value) == (400, "upload_not_pending", None)
+        assert refusal(refused.value) == (409, "upload_not_pending", None)
     client.files.delete(done.file.id)
     assert client.uploads.complete(upload.id, part_ids=[second, first]).file is None
 
@@ -116,7 +116,7 @@ def test_cancelled(live: Live, store: SqliteStore) -> None:
     kept = add(client, other, b"x")
     assert client.uploads.cancel(upload.id).status == "cancelled"
     assert (parts_left(store), pieces(store)) == (1, 1)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.ConflictError):
         client.uploads.parts.create(upload.id, data=b"late")
     assert client.uploads.complete(other.id, part_ids=kept).status == "completed"
 
@@ -160,7 +160,7 @@ def test_a_server_that_died_while_it_completed(live: Live, store: SqliteStore, c
     ids = add(client, upload, b"abc", b"def")
     made = [parts.find("ann", part_id) for part_id in ids]
     files.join(made, "ann", "in.jsonl", "batch", id=file_id_of(upload.id), sha256=sha256)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.ConflictError):
         client.uploads.complete(upload.id, part_ids=ids[::-1])
     done = client.uploads.complete(upload.id, part_ids=ids)
     assert done.file is not None
@@ -210,9 +210,9 @@ def test_what_cannot_be_completed(live: Live) -> None:
         ([first, *others], None, "part_not_found", "part_ids"),
         ([first, second], "0" * 32, "md5_mismatch", "md5"),
     ]:
-        with pytest.raises(openai.BadRequestError) as refused:
+        with pytest.raises(openai.APIStatusError) as refused:
             client.uploads.complete(upload.id, part_ids=part_ids, md5=md5 or openai.omit)
-        assert refusal(refused.value) == (400, code, param)
+        assert refusal(refused.value) == (404 if code == "part_not_found" else 400, code, param)
     assert client.uploads.complete(upload.id, part_ids=[first, second]).status == "completed"
 
 
@@ -264,7 +264,7 @@ def test_anothers_upload_is_not_there(live: Live) -> None:
             call()
         assert refusal(refused.value) == (404, "upload_not_found", None)
     own = begin(bob, size=1)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.NotFoundError):
         bob.uploads.complete(own.id, part_ids=parts)
     assert ann.uploads.complete(upload.id, part_ids=parts).status == "completed"
 
