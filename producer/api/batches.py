@@ -14,6 +14,7 @@ from loramill.producer.api.batch_book import Batch, Book
 from loramill.producer.api.batch_events import END, stream
 from loramill.producer.api.context import Api, ApiOf, CallerOf
 from loramill.producer.api.errors import ApiError
+from loramill.producer.api.event_streams import EVENT_STREAM
 from loramill.producer.api.feed import Feeds, Page
 from loramill.schemas.batch_objects import BatchCreate, BatchList, BatchObject, BatchRetry, ResultFeed
 from loramill.store.errors import JobNotFound
@@ -79,7 +80,7 @@ def retry_batch(
 
 
 _EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": EVENT_STREAM},
     204: {"description": "All events were seen."},
 }
 

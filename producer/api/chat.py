@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from loramill.producer.api.asking import ClientGone, as_api_error, asker_of, questions_of, unless_gone
 from loramill.producer.api.context import ApiOf, Caller, CallerOf
 from loramill.producer.api.errors import ApiError, invalid
+from loramill.producer.api.event_streams import EVENT_STREAM
 from loramill.producer.question_jobs import Answered, new_question_id
 from loramill.producer.questions import Asker, Begun, Item, Questions
 from loramill.schemas.chunks import Chunks
@@ -24,7 +25,6 @@ from loramill.schemas.response import answer_id
 
 router = APIRouter(tags=["questions"])
 
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 _SHARED = {
     "model": {"type": "string"},
     "stream": {"type": "boolean"},
@@ -50,7 +50,7 @@ _PROMPT = _body("prompt", {"type": "string", "minLength": 1})
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={200: {"content": _EVENTS}},
+    responses={200: {"content": EVENT_STREAM}},
     openapi_extra=_CHAT,
 )
 async def ask_chat(request: Request, api: ApiOf, caller: CallerOf) -> Response:
@@ -61,7 +61,7 @@ async def ask_chat(request: Request, api: ApiOf, caller: CallerOf) -> Response:
 @router.post(
     "/v1/completions",
     response_model=TextCompletion,
-    responses={200: {"content": _EVENTS}},
+    responses={200: {"content": EVENT_STREAM}},
     openapi_extra=_PROMPT,
 )
 async def ask_completion(request: Request, api: ApiOf, caller: CallerOf) -> Response:

@@ -15,7 +15,7 @@ from loramill.store.errors import JobNotFound, StoreError, StoreFull, StoreUnrea
 from loramill.store.shelf import RecordNotFound
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 AWAY_RETRY_S = 2
 """After how long a client asks again when the store is away."""
 
@@ -103,7 +103,7 @@ def install(app: FastAPI) -> None:
 
     async def frameworks(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        code = _CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
+        code = CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
         headers = dict(error.headers or {})
         return ApiError(error.status_code, str(error.detail), code=code, headers=headers).response()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from loramill.producer.api.asking import served_now
 from loramill.producer.api.batch_book import Batch, Book, now_ms
 from loramill.producer.api.contents import Contents
 from loramill.producer.api.context import Api
@@ -16,7 +17,7 @@ from loramill.producer.ask import Ask
 from loramill.producer.invalid import InvalidLines, Refused
 from loramill.producer.reader import Input, InputError, open_input
 from loramill.producer.retry import input_of, without_answer
-from loramill.producer.served import Served, published
+from loramill.producer.served import Served
 from loramill.producer.submit import Checked, Submitted, check, put_job
 from loramill.schemas.errors import ErrorCode
 from loramill.schemas.failures import Failure
@@ -36,7 +37,7 @@ class NotYet(Exception):
 def served_to(api: Api, batch: Batch) -> Served:
     """What the batch's rows may ask for. Raises NotYet, StoreError."""
     try:
-        served = published(api.store, api.base)
+        served = served_now(api)(fresh=True)
     except Failure as failure:
         raise NotYet(str(failure)) from None
     patterns = batch.data.adapters

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from loramill.producer.api import idempotency
 from loramill.producer.api.batch_book import Batch, Book, Open
 from loramill.producer.api.batch_steps import Lost, Steps
-from loramill.producer.api.contents import Contents
 from loramill.producer.api.context import Api
 from loramill.producer.api.intake import NotYet
 from loramill.store.errors import JobNotFound, StoreError
@@ -32,7 +31,6 @@ class Pace:
     lock_s: float = 60.0
     """After how long another server takes over what a dead one was at."""
     reap_s: float = 5.0
-    tidy_s: float = 60.0
     again_s: float = 3.0
     """Until what could not be done is tried again."""
     workers: int = 4
@@ -69,7 +67,7 @@ class Minder:
         # One more, for tidying.
         self._pool = ThreadPoolExecutor(self._pace.workers + 1, thread_name_prefix="minder")
         self._tidying = threading.Lock()
-        self._reap_at = self._tidy_at = 0.0
+        self._reap_at = 0.0
 
     def start(self) -> None:
         """Begins; `nudge` reaches it from now on."""
@@ -181,17 +179,14 @@ class Minder:
     def _tidy_now_and_then(self) -> None:
         now = time.monotonic()
         if now >= self._reap_at and self._tidying.acquire(blocking=False):
-            self._reap_at, all_of_it = now + self._pace.reap_s, now >= self._tidy_at
-            self._tidy_at = now + self._pace.tidy_s if all_of_it else self._tidy_at
-            self._pool.submit(self._tidy, all_of_it=all_of_it)
+            self._reap_at = now + self._pace.reap_s
+            self._pool.submit(self._tidy)
 
-    def _tidy(self, *, all_of_it: bool) -> None:
-        """What time does to jobs, which workers see to as well, where there are any; to files, and to notes."""
+    def _tidy(self) -> None:
+        """What time does to jobs, which workers see to as well, where there are any; and to notes of creates."""
         try:
             self._api.store.reap()
-            if all_of_it:
-                Contents(self._api.shelf).tidy()
-                idempotency.tidy(self._api.shelf)
+            idempotency.tidy(self._api.shelf)
         except StoreError as error:
             _log.warning("tidying: %s", error)
         except Exception:

@@ -49,8 +49,10 @@ class AdapterView:
     """Answered since the workers started, as far as they say."""
 
 
-def worker_views(workers: Iterable[WorkerRecord], manifests: Iterable[Manifest], now_ms: float) -> list[WorkerView]:
-    """By device and id."""
+def worker_views(
+    workers: Iterable[WorkerRecord], manifests: Iterable[Manifest], now_ms: float, caller: Caller
+) -> list[WorkerView]:
+    """By id, with those of their adapters that the caller may use."""
     by_id = {manifest.id: manifest for manifest in manifests}
     views = []
     for worker in workers:
@@ -64,7 +66,7 @@ def worker_views(workers: Iterable[WorkerRecord], manifests: Iterable[Manifest],
                 tone={"ready": "good", "draining": "warn"}.get(worker.state, "run"),
                 host=worker.host,
                 base=manifest.base if manifest else "?",
-                resident=tuple(names.get(key, key[:12]) for key in worker.resident),
+                resident=tuple(name for key in worker.resident if caller.may_use(name := names.get(key, key[:12]))),
                 rows_done=worker.rows_done,
                 restarts=worker.restarts,
                 up=in_words((now_ms - worker.started_ms) / 1000),

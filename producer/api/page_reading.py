@@ -44,6 +44,8 @@ class Jobs:
     is_first: bool
     older: After | None
     """None on the last page."""
+    read: dict[str, Job]
+    """Those that there are of them in the store, by id."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,13 +86,16 @@ class Reading:
         now_s = time.time()
         owner = _owner(caller)
         workers, manifests = self._store.workers(), self._store.manifests()
-        open_jobs = self._throughput.open_jobs(owner)
+        jobs = self._jobs(caller, after)
+        # What was looked at some seconds ago, and now: all numbers on the page are to agree.
+        known = {job.id: job for job in self._throughput.open_jobs(owner)} | jobs.read
+        open_jobs = [job for job in known.values() if not job.status.ended]
         return Overview(
-            jobs=self._jobs(caller, after),
+            jobs=jobs,
             chart=chart(self._throughput.samples(owner), now_s),
             running=len(open_jobs),
             waiting_rows=sum(job.total - done(job) for job in open_jobs),
-            workers=worker_views(workers, manifests, now_s * 1000),
+            workers=worker_views(workers, manifests, now_s * 1000, caller),
             workers_ready=sum(worker.state == "ready" for worker in workers),
             adapters=adapter_views(workers, manifests, open_jobs, caller),
             now_ms=now_s * 1000,
@@ -125,26 +130,27 @@ class Reading:
         return None, job
 
     def _jobs(self, caller: Caller, after: After) -> Jobs:
-        job_id, batch_id = after.job, after.batch
-        views = list[JobView]()
+        last, views, read = after, list[JobView](), dict[str, Job]()
         try:
             # Jobs and batches, each the newest first: one list, from which a batch's own job is left out.
-            for _, found in merge(self._of_commands(caller, job_id), self._of_batches(caller, batch_id), key=_newest):
+            for _, found in merge(
+                self._of_commands(caller, after.job), self._of_batches(caller, after.batch), key=_newest
+            ):
                 if len(views) == PAGE:
-                    return Jobs(views, after == After(), After(job_id, batch_id))
-                if isinstance(found, Job):
-                    job_id = found.id
-                    if not self._is_batch_s(found):
-                        views.append(self._view(caller, None, found))
-                else:
-                    batch_id = found.id
-                    views.append(self._view(caller, found, self._job_of(found)))
+                    return Jobs(views, after == After(), last, read)
+                batch, job = (None, found) if isinstance(found, Job) else (found, self._job_of(found))
+                last = After(last.job, batch.id) if batch else After(found.id, last.batch)
+                if batch is None and self._is_batch_s(found.id):
+                    continue
+                views.append(self._view(caller, batch, job))
+                if job is not None:
+                    read[job.id] = job
         except (JobNotFound, RecordNotFound):
             # The last one of the page before was removed since.
             if after == After():
                 raise
             return self._jobs(caller, After())
-        return Jobs(views, after == After(), None)
+        return Jobs(views, after == After(), None, read)
 
     def _of_commands(self, caller: Caller, after: str | None) -> Iterator[tuple[int, Job | Batch]]:
         """Jobs; whoever has a key and is no operator has batches alone."""
@@ -164,12 +170,14 @@ class Reading:
     def _view(self, caller: Caller, batch: Batch | None, job: Job | None) -> JobView:
         pace = self._throughput.pace(job) if job else Pace(None, None, None)
         if batch is not None:
-            return batch_view(batch, job, pace, job.spec.input_name if job else self._input_of(batch), caller)
+            # A retry's own input has no name that says anything.
+            name = job.spec.input_name if job and not batch.data.retry_of else self._input_of(batch)
+            return batch_view(batch, job, pace, name, caller)
         assert job is not None
         return job_view(job, pace, caller)
 
-    def _is_batch_s(self, job: Job) -> bool:
-        found = _BATCH_JOB.fullmatch(job.id)
+    def _is_batch_s(self, job_id: str) -> bool:
+        found = _BATCH_JOB.fullmatch(job_id)
         return found is not None and self._batch(found[1]) is not None
 
     def _batch(self, id: str) -> Batch | None:

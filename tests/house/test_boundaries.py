@@ -27,17 +27,8 @@ QUEUE_SIDE = {
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
         *("shard_runner", "shard", "twins", "result_lines", "deltas", "loading", "serving", "express"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
-        *(
-            "worker_settings",
-            "durations",
-            "worker_log",
-            "lifeline",
-            "child",
-            "engine_process",
-            "handle",
-            "manifest",
-            "frames",
-        ),
+        *("worker_settings", "durations", "worker_log", "lifeline", "child", "engine_process", "handle", "manifest"),
+        *("frames", "changes", "offered", "adapters_wanted", "worker_stats"),
     )
 }
 WEB = {

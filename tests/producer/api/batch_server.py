@@ -27,7 +27,7 @@ from loramill.store.records import Claim
 from tests.producer.queued import done_row
 from tests.producer.served_by_stub import MANIFEST
 
-FAST = Pace(look_s=0.05, lock_s=2.0, reap_s=0.05, tidy_s=0.5, again_s=0.1)
+FAST = Pace(look_s=0.05, lock_s=2.0, reap_s=0.05, again_s=0.1)
 DEADLINE_S = 60.0
 ENDED = {"completed", "failed", "cancelled", "expired"}
 

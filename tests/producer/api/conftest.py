@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ import uvicorn
 from loramill.producer.api.app import make_app
 from loramill.producer.api.context import Api, Caller
 from loramill.producer.api.keys import Keys
+from loramill.store.contract import JobStore
+from loramill.store.redis_store import RedisStore
 from loramill.store.sqlite_store import SqliteStore
 from loramill.worker import engine_process, housekeeping
 from loramill.worker.node import Node
 from tests.producer.api.callers import Callers
+from tests.producer.served_by_stub import MANIFEST, Place
 from tests.servers import free_port
 from tests.worker import queueing
 
@@ -75,6 +79,23 @@ def serving(api: Api) -> Iterator[Live]:
         server.should_exit = True
         thread.join(START_S)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], JobStore]:
+    """Opens one and the same store, again and again; in Redis where the test says so by a parameter."""
+    if getattr(request, "param", "sqlite") == "redis":
+        server, prefix = request.getfixturevalue("redis_server"), uuid.uuid4().hex
+        return lambda: RedisStore(server.url, prefix=prefix)
+    return lambda: SqliteStore(tmp_path / "jobs.db")
+
+
+@pytest.fixture
+def place(open_store: Callable[[], JobStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """That store, where stub workers said what they serve."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with open_store() as store:
+        yield Place(tmp_path, MANIFEST, store=store)
 
 
 @pytest.fixture

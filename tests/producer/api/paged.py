@@ -19,7 +19,11 @@ from loramill.store.records import Job, NewShard
 from tests.producer.queued import line_of
 from tests.producer.served_by_stub import MANIFEST, Place
 
-PEOPLE = {"ops": True, "ann": False, "bob": False}
+PEOPLE: dict[str, dict[str, Any]] = {
+    "ops": {"operator": True},
+    "ann": {},
+    "bob": {"adapters": ["a03"]},
+}
 
 
 class Site:
@@ -29,7 +33,7 @@ class Site:
         self.place = Place(folder, MANIFEST)
         self.store = self.place.store
         if with_keys:
-            keys = {name: Key(sha256=hash_of(name), operator=operator) for name, operator in PEOPLE.items()}
+            keys = {name: Key(sha256=hash_of(name), **rights) for name, rights in PEOPLE.items()}
             write_keys(folder / "keys.toml", keys)
         self.api = Api(self.store, Keys(folder / "keys.toml" if with_keys else None))
         self.app = make_app(self.api)

@@ -23,11 +23,7 @@ from loramill.schemas.request import parse_line
 from tests.producer.api.batch_server import Served, chat, chats, serving, until
 from tests.producer.served_by_stub import MANIFEST, Place
 
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Place(tmp_path, MANIFEST)
+BOTH = pytest.mark.parametrize("open_store", ["sqlite", "redis"], indirect=True)
 
 
 @pytest.fixture
@@ -36,6 +32,7 @@ def served(place: Place) -> Iterator[Served]:
         yield one
 
 
+@BOTH
 def test_a_batch_goes_its_way(served: Served) -> None:
     rows = chats(40, None, "a00", "stub:a01")
     made = served.create(rows, metadata={"team": "x"})
@@ -68,6 +65,23 @@ def test_a_batch_goes_its_way(served: Served) -> None:
     assert [(one["custom_id"], one["response"]["status_code"], one["error"]) for one in failed] == [
         ("r3", 500, None), ("r17", 500, None),
     ]  # fmt: skip
+
+
+def test_from_an_upload_to_what_came_of_it(served: Served) -> None:
+    client = served.client()
+    text = "".join(json.dumps(row) + "\n" for row in chats(6, None, "a03")).encode()
+    file = client.files.create(file=("work.jsonl", text), purpose="batch")
+    assert client.files.wait_for_processing(file.id).status == "processed"
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"a": "b"}
+    )
+    done = served.work(made.id)
+    content = client.files.content(done.output_file_id or "")
+    assert [json.loads(line)["custom_id"] for line in content.text.splitlines()] == [f"r{at}" for at in range(6)]
+    [output] = client.files.list(purpose="batch_output").data
+    assert (output.id, output.filename) == (done.output_file_id, f"{made.id}_output.jsonl")
+    assert client.files.delete(output.id).deleted and client.files.delete(file.id).deleted
+    assert client.batches.retrieve(made.id).output_file_id == output.id
 
 
 def test_one_model_is_named(served: Served) -> None:
@@ -139,6 +153,7 @@ def test_lines_that_are_skipped_are_in_the_error_file(served: Served) -> None:
     assert served.api.store.job(made.id).spec.priority == 7
 
 
+@BOTH
 def test_pages_over_250_batches(place: Place) -> None:
     with serving(place.store, minds=False) as server:
         _pages(server)
@@ -162,6 +177,7 @@ def _pages(server: Served) -> None:
     assert unknown.value.param == "after"
 
 
+@BOTH
 def test_cancel_midway(served: Served) -> None:
     made = served.create(chats(1000))
     served.see(made.id, "in_progress")
@@ -247,6 +263,7 @@ def test_a_file_that_went_before_it_was_read(place: Place) -> None:
         assert [one.message for one in batch.errors.data] == ["the input file was deleted before it was read"]
 
 
+@BOTH
 def test_rows_that_failed_or_never_ran_are_retried(served: Served) -> None:
     first = served.create(chats(40, None, "a00"), metadata={"team": "x"})
     served.see(first.id, "in_progress")
@@ -276,6 +293,7 @@ def test_rows_that_failed_or_never_ran_are_retried(served: Served) -> None:
     assert (again.status_code, again.json()["error"]["code"]) == (400, "nothing_to_retry")
 
 
+@BOTH
 def test_rows_as_they_finish(served: Served) -> None:
     made = served.create(chats(1200))
     url = f"{served.url}/v1/batches/{made.id}/results"
@@ -343,6 +361,7 @@ def test_events_tell_a_batch_to_its_end(served: Served) -> None:
     assert httpx2.get(url, headers={"last-event-id": "end"}).status_code == 204
 
 
+@BOTH
 def test_nobody_sees_anothers(tmp_path: Path, place: Place) -> None:
     def key(token: str, **other: Any) -> Key:
         return Key(sha256=hashlib.sha256(token.encode()).hexdigest(), **other)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,15 @@ from loramill.producer.api.minder import Minder
 from loramill.schemas.job import JobStatus
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreFull
+from loramill.store.redis_store import RedisStore
 from loramill.store.shelf import Shelf
 from loramill.store.sqlite_store import SqliteStore
 from tests.producer.api.batch_server import FAST, Served, chats, serving, until
 from tests.producer.served_by_stub import MANIFEST, Place
 
 WINDOW_S = 86400.0
-PATIENT = replace(FAST, lock_s=1.0)
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Place(tmp_path, MANIFEST)
+PATIENT = replace(FAST, lock_s=0.7)
+"""Whoever is taken for dead is so soon."""
 
 
 def put(server: Served, rows: int, *, window_s: float = WINDOW_S, **data: Any) -> Kept:
@@ -43,6 +39,11 @@ def put(server: Served, rows: int, *, window_s: float = WINDOW_S, **data: Any) -
     said: dict[str, Any] = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "pending_rows": 10**6}
     said |= {"input_file_id": server.upload(chats(rows)), "window_s": window_s} | data
     return Book(server.api.shelf).put(new_batch_id(), "", BatchData(**said))
+
+
+def everywhere(deaths: Iterable[str], also_in_redis: Collection[str]) -> list[tuple[str, str]]:
+    """(store, where) of every test."""
+    return [("sqlite", where) for where in deaths] + [("redis", where) for where in deaths if where in also_in_redis]
 
 
 def until_status(server: Served, id: str, *statuses: str) -> Kept:
@@ -66,7 +67,12 @@ class Death:
         self.owner, self.name, self.nth, self.after = owner, name, nth, after
 
     def lurk(self) -> None:
-        real, left = getattr(self.owner, self.name), self.nth
+        owners = (SqliteStore, RedisStore) if self.owner == "store" else (self.owner,)
+        for owner in owners:
+            self._lurk(owner)
+
+    def _lurk(self, owner: Any) -> None:
+        real, left = getattr(owner, self.name), self.nth
 
         def deadly(*given: Any, **named: Any) -> Any:
             nonlocal left
@@ -78,16 +84,16 @@ class Death:
                 os.kill(os.getpid(), signal.SIGKILL)
             return done
 
-        setattr(self.owner, self.name, deadly)
+        setattr(owner, self.name, deadly)
 
 
-def dies(path: Path, death: Death) -> None:
+def dies(open_store: Callable[[], JobStore], death: Death) -> None:
     """A server's minder in a process of its own, until that is killed where it was to be."""
     child = os.fork()
     if not child:
         try:
             death.lurk()
-            Minder(Api(SqliteStore(path), Keys(None), name="mortal"), pace=PATIENT).start()
+            Minder(Api(open_store(), Keys(None), name="mortal"), pace=replace(FAST, lock_s=0.5)).start()
             time.sleep(60)
         finally:
             os._exit(1)
@@ -97,10 +103,10 @@ def dies(path: Path, death: Death) -> None:
 
 VALIDATING = {
     "before the attempt is noted": Death(Book, "change"),
-    "before anything is staged": Death(SqliteStore, "stage"),
-    "amid the shards": Death(SqliteStore, "add_shard", 3),
-    "before the job is accepted": Death(SqliteStore, "accept"),
-    "when the job was accepted": Death(SqliteStore, "accept", after=True),
+    "before anything is staged": Death("store", "stage"),
+    "amid the shards": Death("store", "add_shard", 3),
+    "before the job is accepted": Death("store", "accept"),
+    "when the job was accepted": Death("store", "accept", after=True),
     "before the batch is in progress": Death(Book, "change", 2),
     "when the batch is in progress": Death(Book, "change", 2, after=True),
     "before it is known to run": Death(Book, "runs"),
@@ -115,15 +121,18 @@ FINALIZING = {
     "when the batch has ended": Death(Book, "change", 2, after=True),
     "before it is put away": Death(Book, "put_away"),
 }
+REDIS = {"amid the shards", "when the job was accepted", "when the file is there", "before the batch has ended"}
 
 
-@pytest.mark.parametrize("where", VALIDATING)
-def test_a_server_that_is_killed_while_it_validates(place: Place, where: str) -> None:
+@pytest.mark.parametrize(("open_store", "where"), everywhere(VALIDATING, REDIS), indirect=["open_store"])
+def test_a_server_that_is_killed_while_it_validates(
+    open_store: Callable[[], JobStore], place: Place, where: str
+) -> None:
     rows = 1100
     with serving(place.store, minds=False) as server:
         batch = put(server, rows)
-        dies(place.folder / "jobs.db", VALIDATING[where])
-    with serving(place.store, name="heir", pace=PATIENT) as server:
+        dies(open_store, VALIDATING[where])
+    with serving(place.store, name="heir") as server:
         running = until_status(server, batch.id, JobStatus.IN_PROGRESS)
         assert running.data.total == rows
         server.work(batch.id)
@@ -132,16 +141,18 @@ def test_a_server_that_is_killed_while_it_validates(place: Place, where: str) ->
     assert [job.total for job in place.store.jobs()] == [rows]
 
 
-@pytest.mark.parametrize("where", FINALIZING)
-def test_a_server_that_is_killed_while_it_finalizes(place: Place, where: str) -> None:
+@pytest.mark.parametrize(("open_store", "where"), everywhere(FINALIZING, REDIS), indirect=["open_store"])
+def test_a_server_that_is_killed_while_it_finalizes(
+    open_store: Callable[[], JobStore], place: Place, where: str
+) -> None:
     rows, ended = 30, list[str]()
     with serving(place.store) as server:
         batch = put(server, rows)
         until_status(server, batch.id, JobStatus.IN_PROGRESS)
     with serving(place.store, minds=False) as server:
         server.answer(server.claim())
-        dies(place.folder / "jobs.db", FINALIZING[where])
-    with serving(place.store, name="heir", pace=PATIENT, on_end=lambda one: ended.append(one.id)) as server:
+        dies(open_store, FINALIZING[where])
+    with serving(place.store, name="heir", on_end=lambda one: ended.append(one.id)) as server:
         done = until_status(server, batch.id, JobStatus.COMPLETED)
         is_whole(server, done, rows)
     assert set(ended) == {batch.id}
@@ -185,7 +196,7 @@ def test_who_was_taken_for_dead_spoils_nothing(place: Place, monkeypatch: pytest
         monkeypatch.setattr(sleeper, "_renew", lambda: None)
         sleeper.start()
         assert asleep.wait(60)
-        with serving(place.store, name="heir", pace=PATIENT) as heir:
+        with serving(place.store, name="heir") as heir:
             until_status(heir, batch.id, JobStatus.IN_PROGRESS)
             wake.set()
             heir.work(batch.id)
@@ -216,7 +227,7 @@ def test_who_was_taken_for_dead_publishes_nothing(place: Place, monkeypatch: pyt
         monkeypatch.setattr(sleeper, "_renew", lambda: None)
         sleeper.start()
         assert asleep.wait(60)
-        with serving(place.store, name="heir", pace=PATIENT) as heir:
+        with serving(place.store, name="heir") as heir:
             done = until_status(heir, batch.id, JobStatus.COMPLETED)
             wake.set()
             sleeper.close()

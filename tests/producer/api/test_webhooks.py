@@ -23,7 +23,7 @@ from loramill.producer.api.webhook_post import Endpoint, Refused, choose, is_pub
 from loramill.producer.api.webhooks import Pace, Webhooks
 from loramill.store.contract import JobStore
 from tests.producer.api.batch_server import FAST, Served, chats, serving, until
-from tests.producer.served_by_stub import MANIFEST, Place
+from tests.producer.served_by_stub import Place
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of enough bytes").decode()
 QUICK = Pace(look_s=0.05, again_s=(0.1, 0.1, 0.1))
@@ -79,12 +79,6 @@ def telling(
             yield server, webhooks
     finally:
         webhooks.close()
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Place(tmp_path, MANIFEST)
 
 
 def owed(store: JobStore) -> int:
@@ -221,8 +215,8 @@ def test_addresses_that_are_public(address: str) -> None:
 @pytest.mark.parametrize(
     ("url", "secret"),
     [
-        ("ftp://x.test/", SECRET), ("https:///x", SECRET), ("https://me:pw@x.test/", SECRET), ("http://x:port/", SECRET),
-        ("https://x.test/", "secret"), ("https://x.test/", "whsec_!"), ("https://x.test/", "whsec_c2hvcnQ="),
+        ("ftp://x.test/", SECRET), ("https:///x", SECRET), ("https://me:pw@x.test/", SECRET),
+        ("http://x:port/", SECRET), ("https://x.test/", "secret"), ("https://x.test/", "whsec_!"), ("https://x.test/", "whsec_c2hvcnQ="),
     ],
 )  # fmt: skip
 def test_endpoints_that_cannot_be(url: str, secret: str) -> None:
