@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 TINY := examples/tiny
 
-.PHONY: demo test chaos check bench gpu tiny clean redis
+.PHONY: demo test chaos check bench gpu tiny clean redis chromium screenshots
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/loramill run -i $(TINY)/jobs.jsonl -o out/demo.jsonl --base-model $(TINY)/base --adapters-dir $(TINY)/adapters --overwrite
 	@$(BIN)/python examples/show.py $(TINY)/jobs.jsonl out/demo.jsonl
 
-test: $(VENV)/.installed-test redis
+test: $(VENV)/.installed-test redis chromium
 	$(BIN)/python -m pytest $(ARGS)
 
 chaos: $(VENV)/.installed-test redis
@@ -39,6 +39,19 @@ redis:
 	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends redis-server; \
 	fi; \
 	fits || { echo "make: the tests need redis-server 7 or newer: install it, or set LORAMILL_NO_REDIS=1 to skip them" >&2; exit 1; }
+
+# The tests of the page look at it in a real browser; where there is none they are skipped, but not in CI.
+chromium:
+	@has() { command -v chromium >/dev/null && command -v chromedriver >/dev/null; }; \
+	if has || [ -z "$$CI" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium chromium-driver; \
+	fi; \
+	has || { echo "make: the tests of the page need chromium and chromedriver: install them" >&2; exit 1; }
+
+# The pictures in the documents, taken by the page's own tests.
+screenshots: $(VENV)/.installed-test chromium
+	LORAMILL_SCREENSHOTS=docs/dashboard $(BIN)/python -m pytest -q tests/e2e/test_dashboard.py
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -39,6 +39,10 @@ class Ask:
     max_bytes: int = MAX_JOB_BYTES
     """Of lines; a job over these is refused."""
     retry_of: str | None = None
+    owner: str = ""
+    """Whose key it comes with."""
+    endpoint: str | None = None
+    """What every line must ask for, where that was said."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -69,6 +73,7 @@ class Ask:
             input_name=input_name,
             input_sha256=self.input_sha256(input_sha256),
             retry_of=self.retry_of,
+            owner=self.owner,
         )
 
     def input_sha256(self, sha256: str) -> str:

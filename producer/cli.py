@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 import loramill
-from loramill.producer import job_commands, queue_commands
+from loramill.producer import job_commands, keys_command, queue_commands, serve_command
 from loramill.producer.interrupts import held
 from loramill.producer.options import RunOptions, list_options, run_options, verify_options
+from loramill.producer.store_options import StoreOptions
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.worker.settings import flagged, given_variables
-from loramill.worker.worker_settings import WORKER_FLAGS, WorkerOptions
+from loramill.worker.worker_settings import STORE_FLAGS, WORKER_FLAGS, WorkerOptions
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -56,7 +57,7 @@ def worker(context: click.Context, /, **given: Any) -> ExitCode:
 
 @cli.group()
 def adapters() -> None:
-    """What adapters hold, and whether they fit a base."""
+    """What adapters hold, whether they fit a base, and which of them running workers serve."""
 
 
 @adapters.command("list")
@@ -91,7 +92,34 @@ def verify(names: tuple[str, ...], **given: Any) -> ExitCode:
     return checks.verify(names, **given)
 
 
-for command in (*queue_commands.COMMANDS, *job_commands.COMMANDS):
+@adapters.command()
+@click.argument("name")
+@click.argument("path", required=False)
+@click.option("--scale", type=click.FloatRange(-1000, 1000), help="Its strength.  [default: 1]")
+@flagged(STORE_FLAGS)
+def load(name: str, path: str | None, scale: float | None, **given: Any) -> ExitCode:
+    """Has the workers of a store load an adapter while they run, or look at its files again.
+
+    PATH is in the workers' --adapters-dir; the default is what they were started with as NAME, else the folder NAME.
+    """
+    with held():
+        from loramill.producer import adapters_wanted_command as module
+
+    return module.load(StoreOptions(**given), name, path, scale)
+
+
+@adapters.command()
+@click.argument("name")
+@flagged(STORE_FLAGS)
+def unload(name: str, **given: Any) -> ExitCode:
+    """Has the workers of a store let go of an adapter, once the rows that run with it are done."""
+    with held():
+        from loramill.producer import adapters_wanted_command as module
+
+    return module.unload(StoreOptions(**given), name)
+
+
+for command in (*queue_commands.COMMANDS, *job_commands.COMMANDS, serve_command.serve, keys_command.keys):
     cli.add_command(command)
 
 

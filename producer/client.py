@@ -1,236 +1,240 @@
-"""The Python API of the queue, for asyncio: jobs handed to workers, and their results."""
+"""The HTTP API from Python, for those who do not use the openai package."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from tempfile import TemporaryFile
-from typing import BinaryIO, Self, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Self, overload
 
-import numpy as np
+import httpx2
 
-from loramill.producer.announce import announce
-from loramill.producer.ask import Ask, OnInvalid, new_id
-from loramill.producer.collect import Seen, pick
-from loramill.producer.generated import Generated, generated
-from loramill.producer.given_rows import Given, Stop, given_input, stoppable
-from loramill.producer.reader import InputError
-from loramill.producer.served import Served, published
-from loramill.producer.spool import Spool
-from loramill.producer.submit import Submitted, submit
-from loramill.producer.waiting import AWAY_S, LEAST_S, MOST_S, PAGE
-from loramill.schemas.failures import ExitCode, Failure
-from loramill.store.contract import JobStore
-from loramill.store.errors import StoreError, StoreLost, StoreUnreachable
-from loramill.store.packing import Chunk
-from loramill.store.records import Job
+from loramill.producer.generated import Generated, Row
+from loramill.producer.remote import objects, questions, submits
+from loramill.producer.remote.async_client import AsyncChat, AsyncClient
+from loramill.producer.remote.downloads import fetched, whole
+from loramill.producer.remote.drivers import Driver
+from loramill.producer.remote.errors import ClientError, Damaged, Refused, Unreachable
+from loramill.producer.remote.follow import looked, ordered_results, results, waited, watched, written
+from loramill.producer.remote.objects import Model
+from loramill.producer.remote.questions import Delta, Message, Prompt, Talk
+from loramill.producer.remote.settings import ANSWER_S, PATIENCE_S, TIMEOUT_S, http_options
+from loramill.producer.remote.uploads import PART_BYTES, upload
+from loramill.schemas.adapter_objects import AdapterDeleted, AdapterObject
+from loramill.schemas.batch_objects import BatchEvent, BatchObject, Endpoint
+from loramill.schemas.file_objects import FileObject
+from loramill.store.files import atomic_writer
 
-_T = TypeVar("_T")
+__all__ = [
+    "AsyncChat",
+    "AsyncClient",
+    "Chat",
+    "Client",
+    "ClientError",
+    "Damaged",
+    "Delta",
+    "Refused",
+    "Unreachable",
+]
 
 
-class Producer:
-    """A store's jobs: `async with Producer("redis://host:6379/0") as p: job = await p.submit("jobs.jsonl")`.
+class Client:
+    """A server's jobs, files and answers: `with Client("http://host:8000/v1") as c: batch = c.submit("in.jsonl")`.
 
-    Any number of calls at once, of one event loop. What the store cannot do is raised as StoreError and its kinds
-    (`loramill.store.errors`); reading and waiting go on when it has been away for less than ten minutes.
+    Any thread may call any method. What a server answers with an error is raised as Refused, with its `status`, `code`,
+    `param` and `request_id`; Unreachable is no answer at all. Both are raised once asking again, with longer and longer
+    pauses, did not help for `patience_s`; a batch that is followed goes on through ten minutes without its server.
     """
 
     def __init__(
         self,
-        store: str | JobStore,
+        base_url: str | None = None,
+        api_key: str | None = None,
         *,
-        files: str | None = None,
-        prefix: str = "loramill",
-        base: str | None = None,
-        broker: str | None = None,
-        max_pending_rows: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+        patience_s: float = PATIENCE_S,
+        part_bytes: int = PART_BYTES,
     ) -> None:
-        """`store`: its URL, or one that is open, which is then not closed. `files`: where rows and results are, if not
-        in the store. `base`: which one the rows are for, where workers serve several. `broker`: where tickets go, if
-        not to the store's Redis. With `max_pending_rows`, `submit` waits while more rows than that wait to be run."""
-        self._given, self._files, self._prefix, self._base, self._broker = store, files, prefix, base, broker
-        self._max_pending_rows = max_pending_rows
+        """`base_url`: else LORAMILL_API, or what `loramill serve` listens on by itself. `api_key`: else
+        LORAMILL_API_KEY. `timeout_s`: for a connection, and between two pieces of an answer. A file of more than
+        `part_bytes` is uploaded in parts."""
+        self._http = httpx2.Client(**http_options(base_url, api_key, timeout_s))
+        self._driver, self._patience_s, self._part_bytes = Driver(self._http), patience_s, part_bytes
 
-    async def __aenter__(self) -> Self:
-        from loramill.store.opening import open_store
-
-        given = self._given
-        if isinstance(given, str):
-            self._store = await asyncio.to_thread(open_store, given, files=self._files, prefix=self._prefix)
-        else:
-            self._store = given
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        if isinstance(self._given, str):
-            await asyncio.to_thread(self._store.close)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    async def submit(
+    def close(self) -> None:
+        """Closes its connections."""
+        self._http.close()
+
+    # Batches.
+
+    def submit(
         self,
-        given: Given,
+        given: str | PathLike[str] | Iterable[Row],
+        endpoint: Endpoint | None = None,
         *,
-        priority: int = 0,
-        window_s: float | None = None,
+        window: str = "24h",
         metadata: Mapping[str, str] | None = None,
-        id: str | None = None,
-        seed: int = 0,
-        dedupe: bool = True,
-        on_invalid: OnInvalid = "fail",
-        limit: int | None = None,
-    ) -> Job:
-        """The accepted job of a file's lines, or of rows like those that Mill.run takes; rows go to disk as they come,
-        and no more are taken than are there. The same `id` again gives the same job, and submits nothing.
+        priority: int = 0,
+        on_invalid: Literal["fail", "skip"] = "fail",
+        idempotency_key: str | None = None,
+    ) -> BatchObject:
+        """The batch of a file's lines, or of rows like those that Mill.run takes, which go to disk as they come.
 
-        Raises ValueError with all that is wrong, by line and field, and then nothing was submitted. Cancelled, it takes
-        back what it began.
-        """
-        ask = Ask(
-            id=new_id() if id is None else id,
-            priority=priority,
-            window_s=window_s,
-            metadata=dict(metadata or {}),
-            seed=seed,
-            dedupe=dedupe,
-            on_invalid=on_invalid,
-            limit=limit,
-        )
-        await self._room()
-        stop = Stop()
-        async with given_input(given, stop) as source:
+        `endpoint`: else the one that the first line is for. `window`: by when it expires, `10m` to `30d`. With the same
+        `idempotency_key` within a day it is the same batch. Its lines are checked later: then it is `failed`, and has
+        `errors`."""
+        asked = submits.Asked(endpoint, window, metadata, priority, on_invalid, idempotency_key)
+        with submits.opened(given) as source:
+            return self._driver.run(submits.submitted(source, asked, self._part_bytes, self._patience_s))
 
-            def work() -> Submitted:
-                return submit(self._store, source, ask, self._served, lambda _: stop(), stop)
+    def batch(self, batch_id: str) -> BatchObject:
+        """As it is now."""
+        return self._driver.run(looked(batch_id, self._patience_s))
 
-            with _as_errors():
-                done = await stoppable(work, stop, self._unheard)
-        if isinstance(self._given, str):
-            await asyncio.to_thread(announce, done, self._store, self._given, prefix=self._prefix, broker=self._broker)
-        return done.job
+    def batches(self) -> Iterator[BatchObject]:
+        """All of them, the newest first."""
+        return self._driver.each(objects.batches(self._patience_s))
 
-    async def job(self, job_id: str) -> Job:
-        """How far it is. Raises JobNotFound."""
-        return await self._read(lambda: self._store.job(job_id))
+    def watch(self, batch_id: str) -> Iterator[BatchObject | BatchEvent]:
+        """The batch now, and each time that it changed, until it has ended, that included; and what happens to it
+        meanwhile, such as a worker that was lost."""
+        return self._driver.each(watched(batch_id, self._patience_s))
 
-    async def jobs(self, *, after: str | None = None, limit: int = 20) -> list[Job]:
-        """The newest first; those older than `after`, a job's id."""
-        return await self._read(lambda: self._store.jobs(after=after, limit=limit))
+    def wait(self, batch_id: str, timeout_s: float | None = None) -> BatchObject:
+        """The batch once it has ended. Raises TimeoutError, and the batch goes on."""
+        return self._driver.run(waited(batch_id, timeout_s, self._patience_s))
 
-    async def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
-        """The job once it has ended. Raises TimeoutError, and the job goes on."""
-        async with asyncio.timeout(timeout_s):
-            async for job in self._looks(job_id):
-                if job.status.ended:
-                    break
-        return job
+    def results(
+        self, batch_id: str, *, follow: bool = True, ordered: bool = False, after: int = 0
+    ) -> Iterator[Generated]:
+        """Every row's result as it finishes, until the batch has ended; without `follow` those that there are.
 
-    async def results(self, job: Job | str, *, follow: bool = True, ordered: bool = False) -> AsyncIterator[Generated]:
-        """Every row's result as it is committed, until the job has ended; without `follow` those that there are.
+        With `ordered` in the order of the input: what is early waits on disk. Rows that never ran, because the batch
+        was cancelled or expired, have none. `after`: how many to leave out, for who took so many before."""
+        read = ordered_results if ordered else results
+        return self._driver.each(read(batch_id, follow, after, self._patience_s))
 
-        With `ordered` in the order of the input: what is early waits on disk. Rows that never ran, because the job was
-        cancelled or expired, have none. A page of results at a time is in memory, and no more are read than are taken.
-        """
-        job = job if isinstance(job, Job) else await self.job(job)
-        chunks = self._chunks(job, follow=follow)
-        if not ordered:
-            async for chunk in chunks:
-                for row in chunk.rows():
-                    yield generated(row.row, row.line)
-            return
-        with TemporaryFile() as file:
-            spool, next_ = Spool(job.total, cast(BinaryIO, file)), 0
-            async for chunk in chunks:
-                index = chunk.index
-                rows = index["row"].astype(np.int64)
-                await asyncio.to_thread(spool.add, rows, index["length"], index["failed"] != 0, chunk.lines)
-                has = spool.has
-                while next_ < job.total and has[next_]:
-                    yield _spooled(spool, next_)
-                    next_ += 1
-            for late in np.flatnonzero(spool.has[next_:]).tolist():
-                yield _spooled(spool, next_ + late)
+    def output(self, batch_id: str) -> Iterator[Generated]:
+        """The answers of a batch that has ended, in the order of its input. Raises ValueError for one that has not."""
+        return self._driver.each(written(batch_id, False, self._patience_s))
 
-    async def cancel(self, job_id: str) -> Job:
-        """Starts no more rows of it; results that there are stay. Raises JobNotFound."""
-        return await asyncio.to_thread(self._store.cancel, job_id)
+    def errors(self, batch_id: str) -> Iterator[Generated]:
+        """Its rows that failed, or never ran, in the same order."""
+        return self._driver.each(written(batch_id, True, self._patience_s))
 
-    async def retry(self, job_id: str, *, failed_only: bool = False) -> Job | None:
-        """A new job of the rows of an ended one that failed or, without `failed_only`, never ran; None if there are
-        none. Raises ValueError for a job that cannot be retried, JobNotFound."""
-        from loramill.producer.retry import retry
+    def cancel(self, batch_id: str) -> BatchObject:
+        """Starts no more rows of it; results that there are stay."""
+        return self._driver.run(objects.cancel(batch_id, self._patience_s))
 
-        job = await self.job(job_id)
-        with _as_errors():
-            return await asyncio.to_thread(lambda: retry(self._store, job, failed_only=failed_only))
+    def retry(self, batch_id: str, *, failed_only: bool = False) -> BatchObject:
+        """A new batch of the rows of an ended one that failed or, without `failed_only`, never ran."""
+        return self._driver.run(objects.retry(batch_id, failed_only, self._patience_s))
 
-    async def _room(self) -> None:
-        """Waits until no more rows than `max_pending_rows` wait to be run."""
-        most, pause_s = self._max_pending_rows, LEAST_S
-        while most is not None and (await self._read(self._store.info)).pending_rows > most:
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, MOST_S)
+    # Files.
 
-    async def _looks(self, job_id: str) -> AsyncIterator[Job]:
-        """The job at once, and again with pauses between until it has ended, that included."""
-        before, pause_s = None, LEAST_S
-        while True:
-            job = await self.job(job_id)
-            yield job
-            if job.status.ended:
-                return
-            pause_s = LEAST_S if job != before else min(pause_s * 1.5, MOST_S)
-            before = job
-            await asyncio.sleep(pause_s)
+    def upload(self, path: str | PathLike[str]) -> FileObject:
+        """A file as a batch's input, checked only in its name."""
+        with submits.opened(path) as (file, name):
+            return self._driver.run(upload(file, name, "batch", self._part_bytes, self._patience_s))
 
-    async def _chunks(self, job: Job, *, follow: bool) -> AsyncIterator[Chunk]:
-        """The chunks of results, each row once."""
-        seen, start = Seen(job.total), 0
-        async for now in self._looks(job.id):
-            while start < now.chunks:
-                limit = min(PAGE, now.chunks - start)
-                page = await self._read(partial(self._store.results, job.id, start, limit))
-                if not page:
-                    raise StoreLost(f"job {job.id} had {now.chunks:,} chunks of results, and {start:,} is not there")
-                for chunk in page:
-                    yield pick(chunk, seen.first(chunk))
-                start += len(page)
-            if not follow:
-                return
+    def files(self, purpose: str | None = None) -> Iterator[FileObject]:
+        """All of them, the newest first."""
+        return self._driver.each(objects.files(purpose, self._patience_s))
 
-    async def _read(self, look: Callable[[], _T]) -> _T:
-        """What the store says, as soon as it answers. Raises StoreUnreachable when it was away too long."""
-        away_since_s: float | None = None
-        while True:
-            try:
-                return await asyncio.to_thread(look)
-            except StoreUnreachable:
-                away_since_s = away_since_s or time.monotonic()
-                if time.monotonic() - away_since_s >= AWAY_S:
-                    raise
-            await asyncio.sleep(MOST_S)
+    def file(self, file_id: str) -> FileObject:
+        """What is known of it."""
+        return self._driver.run(objects.file(file_id, self._patience_s))
 
-    def _served(self) -> Served:
-        return published(self._store, self._base)
+    def download(self, file_id: str, path: str | PathLike[str]) -> int:
+        """Writes a file to `path`, as a whole or not at all; its bytes. Raises Damaged, StoreError for the disk."""
+        size = 0
+        with atomic_writer(Path(path), compressed=False) as write:
+            for part in self._driver.each(fetched(file_id, whole, self._patience_s)):
+                write(part)
+                size += len(part)
+        return size
 
-    def _unheard(self, done: Submitted) -> None:
-        """Of a job that was accepted just when nobody waited for it any more."""
-        if done.checked is not None:
-            self._store.cancel(done.job.id)
+    def delete_file(self, file_id: str) -> None:
+        """Removes it. A batch that has read it goes on."""
+        self._driver.run(objects.delete_file(file_id, self._patience_s))
+
+    # What is served.
+
+    def models(self) -> Iterator[Model]:
+        """The base and the adapters, by the names that rows give."""
+        return self._driver.each(objects.models(self._patience_s))
+
+    def adapters(self) -> Iterator[AdapterObject]:
+        """What there is to know of each adapter."""
+        return self._driver.each(objects.adapters(self._patience_s))
+
+    def load_adapter(self, name: str, source: str | None = None, scale: float | None = None) -> AdapterObject:
+        """Has the workers serve an adapter: `source` is a path in their --adapters-dir, the name unless given. For
+        operators."""
+        return self._driver.run(objects.load_adapter(name, source, scale, self._patience_s))
+
+    def unload_adapter(self, name: str) -> AdapterDeleted:
+        """Has them serve it no longer. For operators."""
+        return self._driver.run(objects.unload_adapter(name, self._patience_s))
+
+    # Questions.
+
+    @overload
+    def ask(
+        self, given: Prompt | Sequence[Message], model: str | None = None, *, stream: Literal[False] = False,
+        timeout_s: float = ANSWER_S, **sampling: Any,
+    ) -> Generated: ...  # fmt: skip
+    @overload
+    def ask(
+        self, given: Prompt | Sequence[Message], model: str | None = None, *, stream: Literal[True],
+        timeout_s: float = ANSWER_S, **sampling: Any,
+    ) -> Iterator[Delta]: ...  # fmt: skip
+    def ask(
+        self,
+        given: Prompt | Sequence[Message],
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        timeout_s: float = ANSWER_S,
+        **sampling: Any,
+    ) -> Generated | Iterator[Delta]:
+        """The answer to one prompt (a text, token ids) or chat (messages) by an adapter, or by the base.
+
+        With `stream` its parts as they are made: what has begun is not asked again. `timeout_s`: for the whole answer,
+        or for each next part of it."""
+        call = questions.question(given, model, sampling, stream=stream, timeout_s=timeout_s)
+        if stream:
+            return self._driver.each(questions.streamed(call, self._patience_s))
+        return self._driver.run(questions.answered(call, self._patience_s))
+
+    def chat(
+        self, model: str | None = None, *, system: str | None = None, timeout_s: float = ANSWER_S, **sampling: Any
+    ) -> Chat:
+        """A talk of several turns."""
+        return Chat(self._driver, questions.begun(model, system, sampling, timeout_s), self._patience_s)
 
 
-@contextmanager
-def _as_errors() -> Iterator[None]:
-    """Failures, which are for commands, as what Python raises."""
-    try:
-        yield
-    except InputError as error:
-        raise ValueError(str(error)) from error
-    except Failure as error:
-        is_theirs = error.code in (ExitCode.INPUT, ExitCode.USAGE)
-        raise (ValueError if is_theirs else StoreError)(str(error)) from error
+class Chat:
+    """A talk: each turn is asked with all that was said before."""
 
+    def __init__(self, driver: Driver, talk: Talk, patience_s: float) -> None:
+        self._driver, self._talk, self._patience_s = driver, talk, patience_s
 
-def _spooled(spool: Spool, row: int) -> Generated:
-    return generated(row, b"".join(spool.lines(np.array([row]))))
+    @property
+    def messages(self) -> list[Message]:
+        """What was said: turns that were answered."""
+        return self._talk.messages
+
+    def say(self, text: str) -> Generated:
+        """The answer to the next turn."""
+        return self._driver.run(self._talk.say(text, self._patience_s))
+
+    def stream(self, text: str) -> Iterator[Delta]:
+        """The same as it is made; it counts as said once all of it was taken."""
+        return self._driver.each(self._talk.stream(text, self._patience_s))

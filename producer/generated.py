@@ -90,10 +90,25 @@ def with_token_ids(line: dict[str, Any]) -> dict[str, Any]:
 
 def generated(index: int, line: bytes) -> Generated:
     """The result that an output or error line holds."""
-    result = json.loads(line)
-    body = result["response"]["body"]
+    return result_of(index, json.loads(line))
+
+
+def result_of(index: int, result: Mapping[str, Any]) -> Generated:
+    """The same of a line that was read."""
+    if result["response"] is None:  # it never ran
+        return failed(index, result["custom_id"], result["error"]["message"])
+    return of_body(index, result["custom_id"], result["response"]["body"])
+
+
+def failed(index: int, id: str, error: str) -> Generated:
+    """Of a row without an answer."""
+    return Generated(index, id, [], 0, 0, None, None, error)
+
+
+def of_body(index: int, id: str, body: Mapping[str, Any]) -> Generated:
+    """The result that a completion holds, or an error instead of one."""
     if "error" in body:
-        return Generated(index, result["custom_id"], [], 0, 0, None, None, body["error"]["message"])
+        return failed(index, id, body["error"]["message"])
     samples = [
         Sample(
             choice["index"],
@@ -107,7 +122,7 @@ def generated(index: int, line: bytes) -> Generated:
     usage, served = body["usage"], body["loramill"]
     return Generated(
         index,
-        result["custom_id"],
+        id,
         samples,
         usage["prompt_tokens"],
         usage["completion_tokens"],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from io import BufferedRandom
 from os import PathLike
 from tempfile import TemporaryFile, gettempdir
 from typing import BinaryIO, TypeVar, cast
@@ -66,21 +67,38 @@ async def given_input(given: Given, stop: Stop) -> AsyncIterator[Input]:
         with source:
             yield source
         return
-    with TemporaryFile() as file:
-        lines = _Lines(cast(BinaryIO, file))
-        if isinstance(given, AsyncIterable):
-            async for row in given:
-                if lines.add(row):
-                    await asyncio.to_thread(lines.write)
-        else:
-            rows = given  # for the type checker, which does not know it inside a function
-            await stoppable(lambda: _take(rows, lines, stop), stop)
-        await asyncio.to_thread(lines.write)
-        with Input("rows", file) as source:
+    async with spooled(given, stop) as file:
+        with Input("rows", cast(BufferedRandom, file)) as source:
             yield source
 
 
-def _take(rows: Iterable[Row], lines: _Lines, stop: Stop) -> None:
+@asynccontextmanager
+async def spooled(rows: Iterable[Row] | AsyncIterable[Row], stop: Stop) -> AsyncIterator[BinaryIO]:
+    """Rows as the lines of a temporary file, written as they come. Raises ValueError."""
+    with TemporaryFile() as file:
+        lines = _Lines(cast(BinaryIO, file))
+        if isinstance(rows, AsyncIterable):
+            async for row in rows:
+                if lines.add(row):
+                    await asyncio.to_thread(lines.write)
+        else:
+            given = rows  # for the type checker, which does not know it inside a function
+            await stoppable(lambda: _take(given, lines, stop), stop)
+        await asyncio.to_thread(lines.write)
+        yield cast(BinaryIO, file)
+
+
+@contextmanager
+def spooled_here(rows: Iterable[Row]) -> Iterator[BinaryIO]:
+    """The same without an event loop."""
+    with TemporaryFile() as file:
+        lines = _Lines(cast(BinaryIO, file))
+        _take(rows, lines, lambda: None)
+        lines.write()
+        yield cast(BinaryIO, file)
+
+
+def _take(rows: Iterable[Row], lines: _Lines, stop: Callable[[], None]) -> None:
     for row in rows:
         stop()
         if lines.add(row):

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loramill.producer.index import Index
 from loramill.schemas.errors import LineError
 from loramill.schemas.failures import ExitCode, Failure
+from loramill.schemas.job import JobError
 from loramill.schemas.response import error_line
 from loramill.store.journal import DoneRow
+
+
+class Refused(Failure):
+    """An input that is refused; `errors` says why as data, the lines of the failure say it to people."""
+
+    def __init__(self, errors: Iterable[JobError], *lines: str) -> None:
+        super().__init__(ExitCode.INPUT, *lines)
+        self.errors = tuple(errors)
 
 
 class InvalidLines:
@@ -37,9 +46,10 @@ class InvalidLines:
         self._file.close()
 
 
-def refused(index: Index, name: str, what: str) -> Failure:
+def refused(index: Index, name: str, what: str) -> Refused:
     """Of an input that holds invalid lines: what is wrong with each that is shown, and what comes of it."""
     shown = [problem.render(name) for problem in index.problems]
     more = f" (the first {len(shown)} are shown)" if index.problem_count > len(shown) else ""
     count = f"{index.problem_count:,} of {index.total_rows:,} lines are invalid{more}"
-    return Failure(ExitCode.INPUT, *shown, f"{count}: {what}")
+    errors = (JobError(code=one.code, message=one.message, line=one.line, param=one.param) for one in index.problems)
+    return Refused(errors, *shown, f"{count}: {what}")

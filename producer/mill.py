@@ -215,15 +215,12 @@ class Mill:
         return self._models.names.adapters[name].sha256
 
     def _put(self, name: str, path: str | PathLike[str], scale: float) -> None:
-        from loramill.worker.models import AdapterError
-
         try:
-            opened = self._models.opener.open(spec_of((path, scale)))
-        except AdapterError as error:
-            raise ValueError("\n".join(f"adapter `{name}`: {why}" for why in error.problems)) from error
+            changed, opened = self._models.adding(name, spec_of((path, scale)))
+        except ValueError as error:
+            raise ValueError("\n".join(f"adapter `{name}`: {why}" for why in str(error).splitlines())) from error
         if opened.warning:
             note(f"Warning: adapter `{name}`: {opened.warning}")
-        changed = self._models.with_adapter(name, opened)
         self._engine.register(opened.adapter)  # may refuse it: then the names stay as they are
         self._models = changed
         self._forget_retired()

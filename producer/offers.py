@@ -104,9 +104,15 @@ def together(manifests: Sequence[Manifest]) -> Together:
 
 
 def open_offer(
-    manifests: Sequence[Manifest], workers: Iterable[WorkerRecord], blob: Blob, cache: Path | None = None
+    manifests: Sequence[Manifest],
+    workers: Iterable[WorkerRecord],
+    blob: Blob,
+    cache: Path | None = None,
+    *,
+    unwanted: Collection[str] = (),
 ) -> Offer:
-    """What `choose` chose, with its tokenizers opened. Raises Failure, StoreError."""
+    """What `choose` chose, with its tokenizers opened; no row may name what is `unwanted`. Raises Failure,
+    StoreError."""
     latest, all_ = manifests[0], together(manifests)
     limits = Limits(latest.max_model_len, latest.vocab_size)
 
@@ -117,6 +123,8 @@ def open_offer(
     of_key = {offer.key: manifest for manifest in manifests for offer in manifest.adapters}
 
     def named(offer: AdapterOffer) -> Named:
+        if offer.name in unwanted:
+            return Named("", unusable="an operator has unloaded it")
         prompter = None
         if offer.tokenizer is not None and offer.vocab_size is not None:
             try:
@@ -127,6 +135,7 @@ def open_offer(
 
     adapters = {name: named(offer) for name, offer in all_.adapters.items()}
     ids = {worker.manifest for worker in workers}
+    current = [manifest for manifest in manifests if manifest.id in ids] or manifests
     slots = [manifest.max_loras for manifest in manifests if manifest.id in ids] or [latest.max_loras]
     return Offer(
         latest.base_id,
@@ -138,7 +147,8 @@ def open_offer(
         min(slots),
         tuple(
             f"{kind} `{name}`: workers mean different things by it; what was published last counts"
-            for name, kind in all_.differing.items()
+            # Of what nobody serves any more (an adapter was replaced) there is nothing to say.
+            for name, kind in together(current).differing.items()
         ),
     )
 

@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 import zstandard
 
+from loramill.schemas.errors import ErrorCode
 from loramill.schemas.request import MAX_LINE_BYTES
 
 _GZIP = b"\x1f\x8b"
@@ -33,6 +34,10 @@ _MAX_RATIO = 1000
 
 class InputError(Exception):
     """The input as a whole cannot be used; the message is one line that names the file."""
+
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Input:
@@ -85,7 +90,7 @@ class Input:
                 yield number, start, line
         self._sha256 = digest.hexdigest()
         if empty:
-            raise InputError(f"{self.name}: the file is empty")
+            raise InputError(f"{self.name}: the file is empty", ErrorCode.EMPTY_FILE)
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes of one line again. Raises InputError when the file has changed since it was opened."""
@@ -118,17 +123,18 @@ class Input:
 
     def _refuse_wide(self, raw: bytes) -> None:
         if raw.startswith(_WIDE_BOMS):
-            raise InputError(f"{self.name}:1: the file is UTF-16; save it as UTF-8")
+            raise InputError(f"{self.name}:1: the file is UTF-16; save it as UTF-8", ErrorCode.INVALID_JSON_LINE)
 
 
-def open_input(path: str, spool_dir: str) -> Input:
+def open_input(path: str, spool_dir: str, *, max_bytes: int | None = None) -> Input:
     """Open a file of lines, plain, gzip or zstd, or `-` for stdin.
 
     A plain regular file is read in place. Anything else is copied, uncompressed, into an unnamed temporary file in
-    `spool_dir`, which vanishes at `close`. Raises InputError; OSError is about the spool (folder missing, disk full).
+    `spool_dir`, which vanishes at `close`; `max_bytes` is what it may come to. Raises InputError; OSError is about the
+    spool (folder missing, disk full).
     """
     if path == "-":
-        return _spool("stdin", cast(io.BufferedReader, sys.stdin.buffer), spool_dir)
+        return _spool("stdin", cast(io.BufferedReader, sys.stdin.buffer), spool_dir, max_bytes)
     with ExitStack() as stack:
         try:
             file = stack.enter_context(Path(path).open("rb"))
@@ -136,7 +142,7 @@ def open_input(path: str, spool_dir: str) -> Input:
         except OSError as error:
             raise _unreadable(path, error) from None
         if not in_place:
-            return _spool(path, file, spool_dir)
+            return _spool(path, file, spool_dir, max_bytes)
         stack.pop_all()
         return Input(path, file)
 
@@ -154,10 +160,12 @@ def _compression(name: str, file: io.BufferedReader) -> str | None:
     return found
 
 
-def _spool(name: str, file: io.BufferedReader, spool_dir: str) -> Input:
+def _spool(name: str, file: io.BufferedReader, spool_dir: str, max_bytes: int | None) -> Input:
     with ExitStack() as stack:
         target = stack.enter_context(tempfile.TemporaryFile(dir=spool_dir))
         for chunk in _chunks(name, file):
+            if max_bytes is not None and target.tell() + len(chunk) > max_bytes:
+                raise InputError(f"{name}: unpacks to more than {max_bytes} bytes")
             target.write(chunk)
         target.flush()
         stack.pop_all()

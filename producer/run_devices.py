@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -32,9 +31,9 @@ from loramill.store.records import Job
 from loramill.worker.devices import Device
 from loramill.worker.engine_process import EngineProcess
 from loramill.worker.node import Node
-from loramill.worker.request import EngineStats
 from loramill.worker.serve import Crew
 from loramill.worker.worker_log import heard_by
+from loramill.worker.worker_stats import together
 
 LOOK_S = 0.1
 
@@ -96,7 +95,7 @@ class OnDevices:
         summary.load_s, summary.run_s = ready_s - began_s, max(time.monotonic() - ready_s, 0.001)
         self._look()
         summary.rows_by_device = {engine.device.name: node.rows[engine] for engine in engines}
-        summary.count(_together(engine.stats for engine in engines), list(plan.decisions.values()))
+        summary.count(together(engine.counts.total for engine in engines), list(plan.decisions.values()))
 
     def publish(self) -> None:
         """From the queue. Once the journal is gone the files are the run's, and what is left of the queue nobody's."""
@@ -198,18 +197,3 @@ class OnDevices:
             if manifest.base_id != self._queued.spec.base_id or not wanted <= served:
                 what = f"the engine on {engine.name} has another model than the job was checked with"
                 raise Failure(ExitCode.INPUT, f"{what}: its files were changed; --overwrite starts afresh")
-
-
-def _together(stats: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counters of all engines, summed up; those of one that died began again."""
-
-    def add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: add(value, other.get(name, {})) if isinstance(value, Mapping) else value + other.get(name, 0)
-            for name, value in one.items()
-        }
-
-    total = asdict(EngineStats())
-    for each in stats:
-        total = add(total, each)
-    return total

@@ -14,6 +14,7 @@ from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.manifest import Manifest
 from loramill.store.contract import JobStore
 from loramill.store.records import WorkerRecord
+from loramill.store.wishes import wishes
 from loramill.worker.settings import ModelOptions
 
 if TYPE_CHECKING:
@@ -45,10 +46,16 @@ def published(store: JobStore, base: str | None) -> Served:
     """By the manifests in the store. Raises Failure as `choose`, or where no worker was ever there; StoreError."""
     manifests, workers = store.manifests(), store.workers()
     if not manifests:
-        ways = "start one with `loramill worker`, or say what it will serve: --base-model and --adapter"
-        raise Failure(ExitCode.INPUT, f"no worker has told this store yet what it serves: {ways}")
-    offer = open_offer(choose(manifests, workers, base), workers, store.get_blob)
+        raise nobody_yet()
+    unwanted = {wish.name for wish in wishes(store.shelf) if not wish.wanted}
+    offer = open_offer(choose(manifests, workers, base), workers, store.get_blob, unwanted=unwanted)
     return Served(offer, manifests, workers, offer.warnings)
+
+
+def nobody_yet() -> Failure:
+    """Of a store where no worker ever was."""
+    ways = "start one with `loramill worker`, or say what it will serve: --base-model and --adapter"
+    return Failure(ExitCode.INPUT, f"no worker has told this store yet what it serves: {ways}")
 
 
 def opened_here(options: ModelOptions, store: JobStore | None, *, publish: bool) -> Served:

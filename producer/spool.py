@@ -74,13 +74,42 @@ class Spool:
             start += len(part)
 
 
-def write_all(parts: Iterator[bytes], write: Callable[[bytes], object]) -> None:
-    """Through a buffer, for lines are small and compressors want more at a time."""
+class InOrder:
+    """Lines that come in any order, given in the order of their rows."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self._next = 0
+
+    def ready(self) -> Iterator[tuple[int, bytes]]:
+        """Rows, with their lines, before which none lacks that was not given yet."""
+        has = self.spool.has
+        while self._next < len(has) and has[self._next]:
+            self._next += 1
+            yield self._line(self._next - 1)
+
+    def rest(self) -> Iterator[tuple[int, bytes]]:
+        """Those that are left once no more will come."""
+        for row in np.flatnonzero(self.spool.has[self._next :]).tolist():
+            yield self._line(self._next + row)
+
+    def _line(self, row: int) -> tuple[int, bytes]:
+        return row, b"".join(self.spool.lines(np.array([row])))
+
+
+def joined(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of about READ_BYTES: lines are small, and whoever takes them wants more at a time."""
     waiting, size = list[bytes](), 0
     for part in parts:
         waiting.append(part)
         size += len(part)
         if size >= READ_BYTES:
-            write(b"".join(waiting))
+            yield b"".join(waiting)
             waiting, size = [], 0
-    write(b"".join(waiting))
+    yield b"".join(waiting)
+
+
+def write_all(parts: Iterator[bytes], write: Callable[[bytes], object]) -> None:
+    """Writes them so."""
+    for part in joined(parts):
+        write(part)

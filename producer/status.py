@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,6 +24,16 @@ EVENTS = 5
 
 
 @dataclass(slots=True, frozen=True)
+class Pace:
+    """How fast a job is."""
+
+    rows_per_s: float | None
+    tokens_per_s: float | None
+    """Prompt and completion tokens."""
+    eta_s: float | None
+
+
+@dataclass(slots=True, frozen=True)
 class Status:
     """A job as one screen shows it."""
 
@@ -36,10 +46,7 @@ class Status:
     """Those that were heard of, by id."""
     able: str | None
     """Who could run it, where nobody does."""
-    rows_per_s: float | None
-    tokens_per_s: float | None
-    """Prompt and completion tokens."""
-    eta_s: float | None
+    pace: Pace
     events: list[Event]
     """The last few."""
 
@@ -53,19 +60,40 @@ def look(store: JobStore, job_id: str, *, sleep: Callable[[float], None] = time.
     if held and not first.status.ended:
         sleep(LOOK_S)
         job, spent_s = store.job(job_id), time.monotonic() - started_s
-    rows_s, tokens_s = _rates(first, job, spent_s)
-    left = job.total - _done(job)
+    return status_of(store, job, shards, pace(first, job, spent_s))
+
+
+def status_of(store: JobStore, job: Job, shards: list[ShardInfo], pace: Pace, events: int = EVENTS) -> Status:
+    """The status of a job that was just looked at. Raises JobNotFound."""
+    held = any(shard.state is ShardState.LEASED for shard in shards)
     return Status(
         job=job,
         shards=dict(Counter(str(shard.state) for shard in shards)),
         holders=_holders(shards),
         workers={worker.id: worker for worker in store.workers()},
         able=_able(store, job, shards) if not held and job.status is JobStatus.IN_PROGRESS else None,
-        rows_per_s=rows_s,
-        tokens_per_s=tokens_s,
-        eta_s=left / rows_s if rows_s and not job.status.ended else None,
-        events=store.events(job_id)[-EVENTS:],
+        pace=pace,
+        events=store.events(job.id)[-events:],
     )
+
+
+def pace(first: Job, job: Job, spent_s: float) -> Pace:
+    """Of an ended job over all its time, of another one between two looks, `spent_s` apart, or, if nothing came between
+    them, since it was accepted."""
+    rows, tokens = done(job) - done(first), _tokens(job) - _tokens(first)
+    if (job.status.ended or not rows) and job.accepted_ms is not None:
+        rows, tokens = done(job), _tokens(job)
+        until_ms = job.ended_ms if job.ended_ms is not None else time.time() * 1000
+        spent_s = (until_ms - job.accepted_ms) / 1000
+    if not rows or spent_s <= 0:
+        return Pace(None, None, None)
+    rows_s = rows / spent_s
+    return Pace(rows_s, tokens / spent_s, None if job.status.ended else (job.total - done(job)) / rows_s)
+
+
+def done(job: Job) -> int:
+    """Rows that have a result."""
+    return job.completed + job.failed
 
 
 def as_json(status: Status) -> str:
@@ -74,9 +102,7 @@ def as_json(status: Status) -> str:
         "shard_states": status.shards,
         "holders": status.holders,
         "able": status.able,
-        "rows_per_s": status.rows_per_s,
-        "tokens_per_s": status.tokens_per_s,
-        "eta_s": status.eta_s,
+        **asdict(status.pace),
         "events": [{"number": e.number, "at_ms": e.at_ms, "what": e.what} for e in status.events],
     }
     return json.dumps(as_data(status.job) | more)
@@ -92,9 +118,10 @@ def as_lines(status: Status) -> Iterator[str]:
     states = ", ".join(f"{count:,} {state}" for state, count in sorted(status.shards.items()))
     yield f"shards    {job.shards_done:,} of {job.shards:,} done" + (f" ({states})" if states else "")
     yield f"tokens    {job.prompt_tokens:,} in, {job.completion_tokens:,} out"
-    if status.rows_per_s:
-        eta = f", ETA {time_in_words(status.eta_s)}" if status.eta_s is not None else ""
-        yield f"rate      {status.rows_per_s:,.1f} rows/s, {status.tokens_per_s or 0:,.0f} tok/s{eta}"
+    pace = status.pace
+    if pace.rows_per_s:
+        eta = f", ETA {time_in_words(pace.eta_s)}" if pace.eta_s is not None else ""
+        yield f"rate      {pace.rows_per_s:,.1f} rows/s, {pace.tokens_per_s or 0:,.0f} tok/s{eta}"
     yield f"times     {', '.join(_times(job))}"
     if spec.priority:
         yield f"priority  {spec.priority}"
@@ -115,7 +142,7 @@ def table(jobs: list[Job]) -> Iterator[str]:
         (
             job.id,
             str(job.status),
-            f"{_done(job) / job.total:.0%}" if job.total else "-",
+            f"{done(job) / job.total:.0%}" if job.total else "-",
             f"{job.failed:,}",
             f"{job.total:,}",
             str(job.spec.priority),
@@ -140,26 +167,9 @@ def _able(store: JobStore, job: Job, shards: list[ShardInfo]) -> str:
     return able(store.manifests(), store.workers(), waiting, job.spec.base_id).in_words(names)
 
 
-def _rates(first: Job, job: Job, spent_s: float) -> tuple[float | None, float | None]:
-    """Rows and tokens a second: of an ended job over all its time, of another one between two looks, or, if nothing
-    came between them, since it was accepted."""
-    rows, tokens = _done(job) - _done(first), _tokens(job) - _tokens(first)
-    if not rows and job.accepted_ms is not None:
-        rows, tokens = _done(job), _tokens(job)
-        until_ms = job.ended_ms if job.ended_ms is not None else time.time() * 1000
-        spent_s = (until_ms - job.accepted_ms) / 1000
-    if not rows or spent_s <= 0:
-        return None, None
-    return rows / spent_s, tokens / spent_s
-
-
 def _holders(shards: list[ShardInfo]) -> dict[str, int]:
     held = (shard.worker for shard in shards if shard.state is ShardState.LEASED and shard.worker is not None)
     return dict(Counter(held).most_common())
-
-
-def _done(job: Job) -> int:
-    return job.completed + job.failed
 
 
 def _tokens(job: Job) -> int:

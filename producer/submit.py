@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from loramill.producer.ask import Ask
 from loramill.producer.index import Index
-from loramill.producer.invalid import InvalidLines, refused
+from loramill.producer.invalid import InvalidLines, Refused, refused
 from loramill.producer.job_plan import Draft, JobPlan
 from loramill.producer.offers import Able, Offer
 from loramill.producer.pinning import pin
@@ -22,8 +22,9 @@ from loramill.producer.reader import Input
 from loramill.producer.served import Served
 from loramill.producer.shards import Need, Shard, cut, rows_a_shard
 from loramill.producer.validate import validate
+from loramill.schemas.errors import ErrorCode
 from loramill.schemas.failures import ExitCode, Failure
-from loramill.schemas.job import JobSpec, JobStatus
+from loramill.schemas.job import JobError, JobSpec, JobStatus
 from loramill.store.contract import JobStore
 from loramill.store.errors import JobNotFound, StoreError
 from loramill.store.records import Job, NewShard
@@ -73,11 +74,11 @@ def check(
     on_progress: Progress | None = None,
     verdict: str = "nothing was submitted; --on-invalid skip submits the others",
 ) -> Checked:
-    """Raises Failure (INPUT) with every problem of the input, unless they go into `invalid`; InputError."""
+    """Raises Refused with every problem of the input, unless they go into `invalid`; InputError."""
 
     def counted(rows: int) -> None:
         if rows > ask.max_rows:
-            raise Failure(ExitCode.INPUT, f"{source.name}: more than {ask.max_rows:,} rows: LORAMILL_MAX_JOB_ROWS")
+            raise _too_large(source, f"more than {ask.max_rows:,} rows: LORAMILL_MAX_JOB_ROWS")
         if on_progress:
             on_progress(rows)
 
@@ -89,6 +90,7 @@ def check(
         names=offer.names,
         max_mix=offer.max_mix,
         max_rows=ask.limit,
+        endpoint=ask.endpoint,
         on_invalid=invalid.add if skip else None,
         on_progress=counted,
     )
@@ -97,9 +99,13 @@ def check(
     size = int(index.length.sum(dtype=np.int64))
     if size > ask.max_bytes:
         limit = f"a job may have {ask.max_bytes:,}: LORAMILL_MAX_JOB_BYTES"
-        raise Failure(ExitCode.INPUT, f"{source.name}: {size:,} bytes of lines; {limit}")
+        raise _too_large(source, f"{size:,} bytes of lines; {limit}")
     plan = plan_of(index, served.offer, np.arange(len(index)))
     return Checked(source, index, served, shards_of(index, served, plan, _running(index, served)))
+
+
+def _too_large(source: Input, why: str) -> Refused:
+    return Refused([JobError(code=ErrorCode.TOO_MANY_TASKS, message=why)], f"{source.name}: {why}")
 
 
 def submit(

@@ -12,7 +12,7 @@ from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
 from loramill.schemas.prompters import Prompters
 from loramill.schemas.request import Row, parse_line
-from loramill.schemas.sampling import Params, resolve_max_tokens
+from loramill.schemas.sampling import resolve_max_tokens
 
 from .index import MAX_SHOWN, Index, Problem
 from .reader import Input
@@ -34,17 +34,19 @@ def validate(
     names: Names,
     max_mix: int,
     max_rows: int | None = None,
+    endpoint: str | None = None,
     on_invalid: OnInvalid | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Index:
     """Check every line of `source` (or its first `max_rows` rows) and index the valid ones.
 
     prompter: the base's.  names: what rows may name.
-    max_mix: the most adapters that one row may mix (--max-loras-per-batch).
+    max_mix: the most adapters that one row may mix (--max-loras-per-batch).  endpoint: the only `url` that a line may
+    have, if there is one.
     `on_invalid` hears of every invalid line, not quite in order (duplicates come last); `on_progress` of the number of
     rows done, some times a second. Raises InputError when the input as a whole is unusable.
     """
-    scan = _Scan(source, Prompters(prompter, names), max_mix, on_invalid)
+    scan = _Scan(source, Prompters(prompter, names), max_mix, endpoint, on_invalid)
     batch_bytes = 0
     for number, offset, raw in source.lines():
         if max_rows is not None and scan.rows == max_rows:
@@ -63,6 +65,20 @@ def validate(
     return scan.index()
 
 
+def usable(row: Row, prompters: Prompters, max_mix: int) -> Uses:
+    """The adapters that answer the row, if they can together, and know the tokens that it names. Raises LineError."""
+    names, params = prompters.names, row.params
+    uses = names.resolve(row)
+    if len(uses) > max_mix and len(names.by_hash(uses)) > max_mix:
+        raise invalid(f"a mix of {len(uses)} adapters; --max-loras-per-batch allows {max_mix}", "adapters")
+    size = prompters.of(uses).limits.vocab_size
+    if params.stop_token_ids and max(params.stop_token_ids) >= size:
+        raise invalid(f"`stop_token_ids` holds an id beyond the vocabulary of {size}", "stop_token_ids")
+    if params.logit_bias and max(map(int, params.logit_bias)) >= size:
+        raise invalid(f"`logit_bias` holds an id beyond the vocabulary of {size}", "logit_bias")
+    return uses
+
+
 class _Scan:
     """The columns while they grow: 52 bytes a row."""
 
@@ -71,13 +87,14 @@ class _Scan:
         source: Input,
         prompters: Prompters,
         max_mix: int,
+        endpoint: str | None,
         on_invalid: OnInvalid | None,
     ) -> None:
         self._source = source
         self._prompters = prompters
-        self._names = prompters.names
         self._route_fields = prompters.names.route_fields
         self._max_mix = max_mix
+        self._endpoint = endpoint
         self._mixes: dict[Uses, int] = {(): -1}
         self._on_invalid = on_invalid
         self._line = array("q")
@@ -125,8 +142,8 @@ class _Scan:
         self._id_hash.append(hash(row.custom_id))
         self._mix.append(_INVALID)
         try:
-            uses = self._resolve(row)
-            self._check_vocabulary(row.params, uses)
+            self._check_endpoint(row)
+            uses = usable(row, self._prompters, self._max_mix)
         except LineError as error:
             error.custom_id = row.custom_id
             self._report(position, error)
@@ -189,19 +206,10 @@ class _Scan:
             problems=self._first_problems(),
         )
 
-    def _resolve(self, row: Row) -> Uses:
-        uses = self._names.resolve(row)
-        if len(uses) > self._max_mix and len(self._names.by_hash(uses)) > self._max_mix:
-            message = f"a mix of {len(uses)} adapters; --max-loras-per-batch allows {self._max_mix}"
-            raise invalid(message, "adapters")
-        return uses
-
-    def _check_vocabulary(self, params: Params, uses: Uses) -> None:
-        size = self._prompters.of(uses).limits.vocab_size
-        if params.stop_token_ids and max(params.stop_token_ids) >= size:
-            raise invalid(f"`stop_token_ids` holds an id beyond the vocabulary of {size}", "stop_token_ids")
-        if params.logit_bias and max(map(int, params.logit_bias)) >= size:
-            raise invalid(f"`logit_bias` holds an id beyond the vocabulary of {size}", "logit_bias")
+    def _check_endpoint(self, row: Row) -> None:
+        if self._endpoint not in (None, row.endpoint):
+            message = f"`url` is {row.endpoint}, and the batch's endpoint is {self._endpoint}"
+            raise LineError(ErrorCode.URL_MISMATCH, message, "url")
 
     def _claim(self, firsts: dict[str, int], position: int) -> None:
         """Read the row's custom_id again (equal hashes prove nothing) and report it if it is taken."""

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from types import FrameType
 
 from loramill.schemas.failures import ExitCode
-from loramill.worker.worker_settings import AGAIN, LIFELINE, WorkerOptions
+from loramill.worker.lifeline import tied
+from loramill.worker.worker_settings import AGAIN, WorkerOptions
 
 LOOK_S = 0.1
 
@@ -58,21 +59,11 @@ class _Celery:
                 return ExitCode(code) if code in set(ExitCode) else ExitCode.MACHINE
 
     def _run_once(self) -> int:
-        watched, held = os.pipe()
-        environment = {**self._environment, LIFELINE: str(watched)}
-        # A session of its own: a terminal's Ctrl-C reaches it through this process alone, once and as a SIGTERM.
         # What Celery prints is no data: standard error.
-        process = subprocess.Popen(
-            self._command, env=environment, pass_fds=[watched], start_new_session=True, stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
-        )  # fmt: skip
-        os.close(watched)
-        try:
+        with tied(self._command, self._environment, stdout=sys.stderr.fileno()) as process:
             while (code := process.poll()) is None:
                 self._pass_on(process)
                 time.sleep(LOOK_S)
-        finally:
-            os.close(held)
         return code
 
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:

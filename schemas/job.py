@@ -90,6 +90,8 @@ class JobSpec(BaseModel):
     input_sha256: str = ""
     retry_of: str | None = None
     lane: Lane = Lane.BULK
+    stream: bool = False
+    """Whether its answers are said on the channel of its id while they are made."""
     owner: str = ""
     """Whose key it was submitted with; "" of commands, and where there are no keys."""
 

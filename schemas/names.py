@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import isfinite
 
@@ -55,6 +55,8 @@ class Names:
     """Another name -> what it stands for, with weights: of several, a row gets one by its custom_id (a split)."""
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """A row's field -> its value -> a name; the value `*` is any other."""
+    hidden: frozenset[str] = frozenset()
+    """Of `adapters` and `aliases`, those that are not there for whoever asks."""
     _unknown: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Messages about unknown names: looking for the nearest of a thousand names takes milliseconds."""
 
@@ -68,6 +70,13 @@ class Names:
     def route_fields(self) -> tuple[str, ...]:
         """The fields of a line that routes go by, for `parse_line`."""
         return tuple(self.routes)
+
+    def seen_by(self, may_use: Callable[[str], bool]) -> Names:
+        """The same for somebody who may use these adapters alone: the others are unknown to him, and so is every alias
+        that can come to one of them. A route that leads there still does, to a row that is refused."""
+        hidden = {name for name in self.adapters if not may_use(name)}
+        aliases = {alias for alias in self.aliases if any(self._leads_to(alias, name) for name in hidden)}
+        return replace(self, hidden=frozenset(hidden | aliases))
 
     def resolve(self, row: Row) -> Uses:
         """The adapters that answer the row.
@@ -141,18 +150,19 @@ class Names:
 
     def _adapter(self, written: str, custom_id: str, param: str = "model") -> str | None:
         """The adapter that a name comes to, None for the base; `base` is the base unless an adapter has that name."""
-        if written in self.adapters:
+        if written in self.adapters and written not in self.hidden:
             return written
         name = written
         prefix, _, rest = name.rpartition(":")
         if prefix in (self.base, "base") and self._knows(rest):
             name = rest
-        while (shares := self.aliases.get(name)) is not None:
-            name = _draw(name, shares, custom_id)
-        if name in self.adapters:
-            return name
-        if self._is_base(name):
-            return None
+        if name not in self.hidden:
+            while (shares := self.aliases.get(name)) is not None:
+                name = _draw(name, shares, custom_id)
+            if name in self.adapters:
+                return name
+            if self._is_base(name):
+                return None
         raise LineError(ErrorCode.MODEL_NOT_FOUND, self._about(written), param)
 
     def _about(self, written: str) -> str:
@@ -160,7 +170,8 @@ class Names:
         if message is None:
             prefix, _, rest = written.rpartition(":")
             near = rest if prefix in (self.base, "base") else _shown(written)
-            hint = did_you_mean(near, [*self.adapters, *self.aliases, self.base])
+            known = (name for name in (*self.adapters, *self.aliases, self.base) if name not in self.hidden)
+            hint = did_you_mean(near, known)
             message = f"no adapter or model is named `{_shown(written)}`{hint}"
             if len(self._unknown) < _MAX_UNKNOWN:
                 self._unknown[written] = message

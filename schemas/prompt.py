@@ -95,6 +95,15 @@ class Prompter:
             known = self._pieces[token_id] = self._piece(token_id)
         return known
 
+    def open_ended(self, token_ids: Sequence[int]) -> bool:
+        """Whether what the last of these tokens say may change with the next: of sentencepiece's bytes a whole run is
+        text, or none of it."""
+        if self._byte_level:
+            return False
+        last = next((token for token in reversed(token_ids) if token not in self._special), None)
+        token = None if last is None else self._tokenizer.convert_ids_to_tokens(last)
+        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
     def _check_length(self, text: str, param: str) -> str:
         if len(text) <= self._max_chars:
             return text

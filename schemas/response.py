@@ -76,7 +76,7 @@ def ok_line(job: str, number: int, row: Row, answer: Answer, created: int) -> by
     render = _chat_choice if row.is_chat else _text_choice
     with_ids = bool(row.params.return_token_ids)
     body = {
-        "id": ("chatcmpl-" if row.is_chat else "cmpl-") + _digest(job, number, "body"),
+        "id": answer_id(job, number, is_chat=row.is_chat),
         "object": "chat.completion" if row.is_chat else "text_completion",
         "created": created,
         "model": answer.model,
@@ -91,6 +91,11 @@ def ok_line(job: str, number: int, row: Row, answer: Answer, created: int) -> by
         "loramill": _served(answer),
     }
     return _line(job, number, row.custom_id, 200, body)
+
+
+def answer_id(job: str, number: int, *, is_chat: bool) -> str:
+    """The id of a row's answer."""
+    return ("chatcmpl-" if is_chat else "cmpl-") + _digest(job, number, "body")
 
 
 def _served(answer: Answer) -> dict[str, Any]:
@@ -151,18 +156,21 @@ def _digest(job: str, number: int, kind: str) -> str:
     return blake2b(f"{job}\0{number}\0{kind}".encode(), digest_size=12).hexdigest()
 
 
+def logprobs_of(tokens: Sequence[TokenInfo], text: str, *, is_chat: bool, first: int = 0) -> dict[str, Any]:
+    """The log probabilities of an answer's tokens, from number `first` on, as OpenAI shows them."""
+    if not is_chat:
+        return {name: said and said[first:] for name, said in _text_logprobs(text, tokens).items()}
+    content = [
+        _chat_token(token) | {"top_logprobs": [_chat_token(other) for other in token.top]} for token in tokens[first:]
+    ]
+    return {"content": content, "refusal": None}
+
+
 def _chat_choice(choice: Choice) -> dict[str, Any]:
-    logprobs = None
-    if choice.logprobs is not None:
-        content = [
-            _chat_token(token) | {"top_logprobs": [_chat_token(other) for other in token.top]}
-            for token in choice.logprobs
-        ]
-        logprobs = {"content": content, "refusal": None}
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": logprobs,
+        "logprobs": None if choice.logprobs is None else logprobs_of(choice.logprobs, choice.text, is_chat=True),
         "finish_reason": choice.finish_reason,
     }
 
@@ -176,7 +184,7 @@ def _chat_token(token: TokenInfo) -> dict[str, Any]:
 
 
 def _text_choice(choice: Choice) -> dict[str, Any]:
-    logprobs = None if choice.logprobs is None else _text_logprobs(choice.text, choice.logprobs)
+    logprobs = None if choice.logprobs is None else logprobs_of(choice.logprobs, choice.text, is_chat=False)
     return {
         "index": choice.index,
         "text": choice.text,

@@ -15,17 +15,18 @@ from loramill.store.errors import StoreError
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[Callable[[bytes], object]]:
+def atomic_writer(path: Path, *, compressed: bool = True) -> Iterator[Callable[[bytes], object]]:
     """Yields a `write(bytes)` whose bytes are at `path` once the block ends, and nowhere if it raises.
 
-    `.gz` and `.zst` names are compressed. The bytes gather in `NAME.part` in the same folder: one writer at a time, and
-    what a killed one left is overwritten by the next. Raises StoreError (disk full, folder that cannot be written).
+    With `compressed`, `.gz` and `.zst` names are. The bytes gather in `NAME.part` in the same folder: one writer at a
+    time, and what a killed one left is overwritten by the next. Raises StoreError (disk full, folder that cannot be
+    written).
     """
     part = path.with_name(path.name + ".part")
     try:
         part.unlink(missing_ok=True)
         with part.open("xb") as raw:
-            with _compressor(path, raw) as write:
+            with _compressor(path.suffix if compressed else "", raw) as write:
                 yield write
             raw.flush()
             os.fsync(raw.fileno())
@@ -58,12 +59,12 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _compressor(path: Path, raw: BinaryIO) -> Iterator[Callable[[bytes], object]]:
-    if path.suffix == ".gz":
+def _compressor(suffix: str, raw: BinaryIO) -> Iterator[Callable[[bytes], object]]:
+    if suffix == ".gz":
         # No name and no time inside: the same rows make the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as out:
             yield out.write
-    elif path.suffix == ".zst":
+    elif suffix == ".zst":
         with zstandard.ZstdCompressor().stream_writer(raw, closefd=False) as out:
             yield out.write
     else:

@@ -13,7 +13,7 @@ from typing import Any
 from loramill.store.errors import StoreError, StoreFull, StoreRefused
 from loramill.store.files import fsync_folder
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Files:
@@ -90,7 +90,7 @@ class Files:
         except StoreError:
             raise
         except Exception as error:  # a service's package has errors of its own, which no list could hold
-            full = isinstance(error, OSError) and error.errno in _NO_ROOM
+            full = isinstance(error, OSError) and error.errno in NO_ROOM
             kind = StoreFull if full else StoreError
             raise kind(f"cannot {doing} {self.url}/{name}: {_reason(error)}") from error
 

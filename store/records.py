@@ -19,6 +19,8 @@ class DoneRow:
     line: bytes
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    adapter: str = field(default="", compare=False)
+    """Who answered it, for the worker's statistics: it is not stored."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -176,7 +178,9 @@ class WorkerRecord:
     stats: Mapping[str, Any] = field(default_factory=dict)
     """What its engines counted since it started; see `worker/worker_stats.py`."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Names of adapters that it was told to load and cannot serve -> why."""
+    """Names of adapters that it was told to load (or to let go) and cannot -> why."""
+    answered: Mapping[str, str] = field(default_factory=dict)
+    """Names of adapters that operators changed their mind about -> the stamp of the wish that it heeded last."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -17,6 +17,7 @@ from loramill.store.errors import (
     StoreRefused,
     StoreUnreachable,
 )
+from loramill.store.shelf import RecordChanged, RecordExists, RecordNotFound
 
 MIN_VERSION = (7, 0)
 REPLICA = "{url} is a replica, or read-only: give the URL of its master"
@@ -34,6 +35,9 @@ _SAID: Mapping[str, tuple[type[StoreError], str]] = {
     "FENCED": (Fenced, "the lease on a shard of {about} was lost"),
     "NOMANIFEST": (StoreLost, "{url} does not know the manifest {about}: publish it first"),
     "POSITION": (StoreError, "results of {about} are of rows that their shard does not have"),
+    "NORECORD": (RecordNotFound, "there is no {about}"),
+    "EXISTS": (RecordExists, "there is a {about} already"),
+    "CHANGED": (RecordChanged, "the {about} was changed meanwhile"),
     "LOST": (
         StoreLost,
         "{url} is not the store that it was: a restart lost its data, or somebody removed it",

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -23,7 +24,7 @@ HEALTH_CHECK_S = 25
 """A connection that was quiet for so long is tried before it is used."""
 MAX_CONNECTIONS = 1024
 """One for each thread that is inside the store."""
-FORMAT = 1
+FORMAT = 2
 _QUERY = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs", "db"}
 
 
@@ -64,7 +65,10 @@ class Link:
         if found is None:
             raise StoreLost(f"nothing was ever submitted to {self.url} (prefix {self.prefix}), or it lost its data")
         if int(kind) != FORMAT:
-            raise StoreRefused(f"{self.url} is of format {int(kind)}, and this loramill uses format {FORMAT}")
+            raise StoreRefused(
+                f"{self.url} is of format {int(kind)}, and this loramill uses format {FORMAT}: "
+                "finish its jobs with the version that made it"
+            )
         self.id = found.decode()
 
     def call(self, script: str, *args: str | bytes | float, about: object = None) -> Any:
@@ -142,13 +146,20 @@ if redis.call('EXISTS', ARGV[1]) == 0 then redis.call('HSET', ARGV[1], 'id', ARG
 
 
 def _scripts() -> Mapping[str, tuple[str, str]]:
-    """Every script by its file's name: its hash and its text, with `lib.lua` after its first line."""
+    """Every script by its file's name: its hash and its text, with `lib.lua` after its first line. Those of the shelf
+    have `shelf/lib.lua` as well."""
     folder = resources.files("loramill.store") / "lua"
-    texts = {file.name.removesuffix(".lua"): file.read_text("utf-8") for file in folder.iterdir()}
-    lib = texts.pop("lib")
+    jobs, shelf = _texts(folder), _texts(folder / "shelf")
+    libs = {"": jobs.pop("lib")}
+    libs["shelf/"] = f"{libs['']}\n{shelf.pop('lib')}"
     made = {}
-    for name, text in texts.items():
-        flags, body = text.split("\n", 1)
-        whole = f"{flags}\n{lib}\n{body}"
-        made[name] = (hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest(), whole)
+    for prefix, texts in (("", jobs), ("shelf/", shelf)):
+        for name, text in texts.items():
+            flags, body = text.split("\n", 1)
+            whole = f"{flags}\n{libs[prefix]}\n{body}"
+            made[prefix + name] = (hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest(), whole)
     return made
+
+
+def _texts(folder: Traversable) -> dict[str, str]:
+    return {file.name[:-4]: file.read_text("utf-8") for file in folder.iterdir() if file.name.endswith(".lua")}

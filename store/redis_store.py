@@ -7,10 +7,11 @@ from typing import Any
 
 import orjson
 
-from loramill.schemas.job import JobError, JobSpec
+from loramill.schemas.job import JobError, JobSpec, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store.contract import (
     AFFINITY_S,
+    ASK_RETENTION_S,
     DEADLINE_LEAD_S,
     HEAD,
     LEASE_S,
@@ -20,11 +21,13 @@ from loramill.store.contract import (
     STAGING_S,
     WORKER_TTL_S,
     JobStore,
+    queue_of,
 )
 from loramill.store.errors import JobNotFound, StoreError, StoreRefused
 from loramill.store.packing import Chunk
 from loramill.store.part_files import Files
 from loramill.store.records import (
+    Backlog,
     Claim,
     Committed,
     Event,
@@ -39,6 +42,7 @@ from loramill.store.records import (
 )
 from loramill.store.redis_link import READ_TIMEOUT_S, Link
 from loramill.store.redis_records import claim_of, job_of, shard_of, warnings_of, worker_of
+from loramill.store.redis_shelf import RedisShelf
 
 LOOK_ON = 2048
 """Shards that are looked at for HEAD of them that the worker can serve: 7 ms if it can serve none of them. What is
@@ -71,6 +75,7 @@ class RedisStore(JobStore):
         self._lease_s, self._lease_ms = lease_s, _ms(lease_s)
         self._retention_ms, self._staging_ms, self._worker_ttl_ms = _ms(retention_s), _ms(staging_s), _ms(worker_ttl_s)
         self._link = Link(url, prefix, timeout_s=timeout_s, clock=clock)
+        self._shelf = RedisShelf(self._link, files)
         try:
             info = self._link.info()
             self._snapshots = not info.get("aof_enabled") and self._link.snapshots()
@@ -89,7 +94,8 @@ class RedisStore(JobStore):
     def stage(self, spec: JobSpec) -> None:
         window_ms = "" if spec.window_s is None else _ms(spec.window_s)
         handicap_ms = _ms(PRIORITY_S * spec.priority)
-        self._link.call("stage", spec.id, spec.model_dump_json(), spec.base_id, handicap_ms, window_ms)
+        queue = queue_of(spec.base_id, spec.lane)
+        self._link.call("stage", spec.id, spec.model_dump_json(), queue, spec.lane, handicap_ms, window_ms)
 
     def _add_shard(self, job_id: str, shard: NewShard, kept: bytes) -> None:
         self._link.call("add_shard", job_id, shard.number, len(shard.rows), orjson.dumps(shard.adapters), kept)
@@ -149,9 +155,12 @@ class RedisStore(JobStore):
 
     # Working.
 
-    def claim(self, worker: str, manifest: str, resident: Sequence[str] = ()) -> Claim | None:
+    def claim(
+        self, worker: str, manifest: str, resident: Sequence[str] = (), *, lane: Lane = Lane.BULK
+    ) -> Claim | None:
         limits = (HEAD, PER_ADAPTER, LOOK_ON, _ms(AFFINITY_S))
-        found = self._link.call("claim", worker, manifest, self._lease_ms, *limits, *resident, about=manifest)
+        suffix = queue_of("", lane)
+        found = self._link.call("claim", worker, manifest, self._lease_ms, *limits, suffix, *resident, about=manifest)
         return found and claim_of(found, self._lease_s)
 
     def reclaim(self, worker: str, lease: Lease) -> Claim | None:
@@ -173,12 +182,13 @@ class RedisStore(JobStore):
         self._link.call("release", lease.job, lease.shard, lease.token, *suspects)
 
     def reap(self) -> Reaped:
-        times = (self._staging_ms, self._retention_ms, self._worker_ttl_ms)
-        leases, expired, abandoned, ended = self._link.call("reap", *times, REAP_MOST)
+        asked_ms = min(self._retention_ms, _ms(ASK_RETENTION_S))
+        times = (self._staging_ms, self._retention_ms, asked_ms, self._worker_ttl_ms)
+        leases, expired, abandoned, ended, answered = self._link.call("reap", *times, REAP_MOST)
         purged = 0
         for job_id in abandoned:
             self._remove_files(job_id.decode())
-        for job_id in ended:
+        for job_id in (*ended, *answered):
             # Files first: a job that is still named is found again after a crash in between.
             self._remove_files(job_id.decode())
             try:
@@ -193,6 +203,9 @@ class RedisStore(JobStore):
         names = [base.decode() for base in bases]
         counts = self._link.read(*(("ZCARD", f"ready:{name}") for name in names))
         return {name: count for name, count in zip(names, counts, strict=True) if count}
+
+    def backlog(self) -> Mapping[str, Backlog]:
+        return {base.decode(): Backlog(*said) for base, *said in self._link.call("backlog")}
 
     # Who serves what.
 
@@ -230,13 +243,17 @@ class RedisStore(JobStore):
 
     # The store itself.
 
+    @property
+    def shelf(self) -> RedisShelf:
+        return self._shelf
+
     def info(self) -> StoreInfo:
         info = self._link.info()
-        (pending,) = self._link.read(("HGET", "store", "pending"))
+        ((pending, expired),) = self._link.read(("HMGET", "store", "pending", "expired"))
         durable = bool(info.get("aof_enabled")) or self._snapshots
         return StoreInfo(
             self._link.url, self._link.id, f"redis {info['redis_version']}", durable, int(info["used_memory"]),
-            int(info["maxmemory"]) or None, int(pending or 0), warnings_of(info, durable=durable),
+            int(info["maxmemory"]) or None, int(pending or 0), warnings_of(info, durable=durable), int(expired or 0),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -97,7 +97,7 @@ class Shelf(ABC):
 
     @abstractmethod
     def overdue(self, kind: str, limit: int = 100) -> list[Record]:
-        """Those whose time is up: to be removed, with what belongs to them."""
+        """Those whose time is up, the longest overdue first: to be removed, with what belongs to them."""
 
     @abstractmethod
     def usage(self, kind: str, owner: str) -> Usage:

@@ -37,13 +37,15 @@ CREATE TABLE jobs (
     completion_tokens INTEGER NOT NULL DEFAULT 0, shards INTEGER NOT NULL DEFAULT 0,
     shards_done INTEGER NOT NULL DEFAULT 0, chunks INTEGER NOT NULL DEFAULT 0, events INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX jobs_ended ON jobs (ended_ms);
+CREATE INDEX jobs_in ON jobs (lane, sequence);
+CREATE INDEX jobs_answered ON jobs (ended_ms) WHERE lane = 'ask';
 CREATE TABLE needs (id INTEGER PRIMARY KEY, adapters TEXT NOT NULL UNIQUE);
 CREATE TABLE shards (
     job TEXT NOT NULL, number INTEGER NOT NULL, base_id TEXT NOT NULL, need INTEGER NOT NULL, rank REAL,
     state TEXT NOT NULL, rows INTEGER NOT NULL, rows_done INTEGER NOT NULL DEFAULT 0, done BLOB NOT NULL,
     suspects TEXT NOT NULL DEFAULT '[]', attempts INTEGER NOT NULL DEFAULT 0, worker TEXT,
     counter INTEGER, deadline_ms INTEGER, PRIMARY KEY (job, number)) WITHOUT ROWID;
-CREATE INDEX shards_ready ON shards (base_id, rank, job, number, need, state) WHERE state = 'ready';
+CREATE INDEX shards_ready ON shards (base_id, rank, job, number, need, state, rows, rows_done) WHERE state = 'ready';
 CREATE INDEX shards_leased ON shards (job, number) WHERE state = 'leased';
 CREATE TABLE wants (
     base_id TEXT, adapter TEXT, rank REAL, job TEXT, number INTEGER, need INTEGER NOT NULL,
@@ -64,16 +66,14 @@ CREATE TABLE manifests (sequence INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT 
 CREATE TABLE workers (id TEXT PRIMARY KEY, heard_ms INTEGER NOT NULL, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE blobs (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE records (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, id TEXT NOT NULL, owner TEXT NOT NULL,
+    sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, id TEXT NOT NULL, owner TEXT NOT NULL,
     data BLOB NOT NULL, size INTEGER NOT NULL, version INTEGER NOT NULL, created_ms INTEGER NOT NULL,
     expires_ms INTEGER, UNIQUE (kind, id));
-CREATE INDEX records_of ON records (kind, owner, sequence);
-CREATE INDEX records_due ON records (kind, expires_ms) WHERE expires_ms IS NOT NULL;
+CREATE INDEX records_in ON records (kind, sequence);
+CREATE INDEX records_of ON records (kind, owner, sequence, size, expires_ms);
+CREATE INDEX records_due ON records (kind, expires_ms, id) WHERE expires_ms IS NOT NULL;
 CREATE TABLE pieces (content TEXT, number INTEGER, kept BLOB NOT NULL, PRIMARY KEY (content, number));
 CREATE TABLE locks (name TEXT PRIMARY KEY, holder TEXT NOT NULL, until_ms INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE said (channel TEXT, number INTEGER, at_ms INTEGER NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (channel, number)) WITHOUT ROWID;
-CREATE INDEX said_at ON said (at_ms);
 """
 # Typed as the columns that it is joined with: SQLite would not use its key otherwise.
 _JUDGED = """
@@ -188,9 +188,8 @@ class Database:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version = {FORMAT}")
-                self._db.executemany(
-                    "INSERT INTO meta VALUES (?, ?)", [("id", uuid.uuid4().hex), ("leases", 0), ("expired", 0)]
-                )
+                self._db.execute("INSERT INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
+                self._db.execute("INSERT INTO meta VALUES ('leases', 0), ('expired', 0), ('records', 0)")
             self._db.execute("COMMIT")
         finally:
             if self._db.in_transaction:
@@ -231,6 +230,13 @@ class Database:
         if code in _WHY or code in _UNUSABLE:
             return StoreRefused(f"cannot use the store {self.path}: {_WHY.get(code, error)}")
         return StoreError(f"the store {self.path} failed: {error}")
+
+
+def next_number(db: sqlite3.Connection, name: str) -> int:
+    """Of a count in `meta`: never given twice."""
+    db.execute("UPDATE meta SET value = value + 1 WHERE name = ?", (name,))
+    [(number,)] = db.execute("SELECT value FROM meta WHERE name = ?", (name,))
+    return int(number)
 
 
 def _statements(script: str) -> Iterator[str]:

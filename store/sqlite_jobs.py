@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 
 from loramill.schemas.job import JobError, JobSpec, JobStatus, Lane
-from loramill.store.contract import queue_of, rank_s
+from loramill.store.contract import ASK_RETENTION_S, queue_of, rank_s
 from loramill.store.errors import JobNotFound, StoreRefused
 from loramill.store.packing import Chunk
 from loramill.store.records import Job, NewShard, ShardInfo, ShardState
@@ -36,7 +36,7 @@ def newest(db: sqlite3.Connection, after: str | None, limit: int) -> list[Job]:
     """As `JobStore.jobs`."""
     before = None
     if after is not None:
-        found = db.execute("SELECT sequence FROM jobs WHERE id = ?", (after,)).fetchone()
+        found = db.execute("SELECT sequence FROM jobs WHERE id = ? AND lane = ?", (after, Lane.BULK)).fetchone()
         if found is None:
             raise _not_found(after)
         before = found[0]
@@ -73,19 +73,12 @@ def staged(db: sqlite3.Connection, job_id: str, now_ms: int) -> Job:
 def add_shard(db: sqlite3.Connection, job: Job, shard: NewShard, kept: bytes) -> None:
     """One shard of a staged job; one that is there already stays as it is."""
     adapters, rows = orjson.dumps(shard.adapters).decode(), len(shard.rows)
+    queue = queue_of(job.spec.base_id, job.spec.lane)
     db.execute("INSERT INTO needs (adapters) VALUES (?) ON CONFLICT DO NOTHING", (adapters,))
     added = db.execute(
         "INSERT INTO shards (job, number, base_id, need, state, rows, done)"
         " SELECT ?, ?, ?, id, ?, ?, zeroblob(?) FROM needs WHERE adapters = ? ON CONFLICT DO NOTHING",
-        (
-            job.id,
-            shard.number,
-            queue_of(job.spec.base_id, job.spec.lane),
-            ShardState.STAGED,
-            rows,
-            (rows + 7) // 8,
-            adapters,
-        ),
+        (job.id, shard.number, queue, ShardState.STAGED, rows, (rows + 7) // 8, adapters),
     ).rowcount
     if added:
         db.execute("INSERT INTO inputs VALUES (?, ?, ?)", (job.id, shard.number, kept))
@@ -174,6 +167,16 @@ def note(db: sqlite3.Connection, job_id: str, what: str, now_ms: int) -> None:
         "DELETE FROM events WHERE job = ? AND number <= (SELECT events FROM jobs WHERE id = ?) - ?",
         (job_id, job_id, EVENTS_KEPT),
     )
+
+
+def outlived(db: sqlite3.Connection, now_ms: int, retention_ms: int) -> list[str]:
+    """Those that ended and are not to be kept any longer."""
+    asked_ms = now_ms - round(ASK_RETENTION_S * 1000)
+    query = (
+        "SELECT id FROM jobs WHERE ended_ms <= ? UNION"
+        " SELECT id FROM jobs INDEXED BY jobs_answered WHERE ended_ms <= ? AND lane = 'ask'"
+    )
+    return [job_id for (job_id,) in db.execute(query, (now_ms - retention_ms, asked_ms))]
 
 
 def remove(db: sqlite3.Connection, job_id: str) -> None:

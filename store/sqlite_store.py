@@ -15,15 +15,7 @@ from loramill.schemas.job import JobError, JobSpec, JobStatus, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store import sqlite_jobs as jobs
 from loramill.store import sqlite_queue as queue
-from loramill.store.contract import (
-    ASK_RETENTION_S,
-    ASK_SUFFIX,
-    LEASE_S,
-    RETENTION_S,
-    STAGING_S,
-    WORKER_TTL_S,
-    JobStore,
-)
+from loramill.store.contract import LEASE_S, RETENTION_S, STAGING_S, WORKER_TTL_S, JobStore
 from loramill.store.errors import JobNotFound, StoreError, StoreLost, StoreRefused
 from loramill.store.packing import Chunk
 from loramill.store.part_files import Files
@@ -148,6 +140,10 @@ class SqliteStore(JobStore):
     def claim(
         self, worker: str, manifest: str, resident: Sequence[str] = (), *, lane: Lane = Lane.BULK
     ) -> Claim | None:
+        with self._database.read() as db:
+            # Asked again and again, and mostly for nothing: not worth a turn at writing.
+            if not queue.waits(db, self._manifest(db, manifest), lane):
+                return None
         with self._database.write() as db:
             place = queue.choose(db, self._manifest(db, manifest), resident, lane)
             return None if place is None else queue.lease(db, *place, worker, self._now_ms(), self._lease_s)
@@ -179,9 +175,7 @@ class SqliteStore(JobStore):
     def reap(self) -> Reaped:
         now_ms = self._now_ms()
         with self._database.read() as db:
-            query = "SELECT id FROM jobs WHERE ended_ms <= ? OR ended_ms <= ? AND lane = ?"
-            asked_ms = now_ms - round(ASK_RETENTION_S * 1000)
-            old = [job_id for (job_id,) in db.execute(query, (now_ms - self._retention_ms, asked_ms, Lane.ASK))]
+            old = jobs.outlived(db, now_ms, self._retention_ms)
         for job_id in old:
             # What outlives its entry would never be found again, so the files go first.
             self._remove_files(job_id)
@@ -210,16 +204,11 @@ class SqliteStore(JobStore):
 
     def ready(self) -> Mapping[str, int]:
         with self._database.read() as db:
-            query = "SELECT base_id, count(*) FROM shards WHERE state = 'ready' AND base_id NOT LIKE ? GROUP BY base_id"
-            return dict(db.execute(query, (f"%{ASK_SUFFIX}",)))
+            return queue.ready(db)
 
     def backlog(self) -> Mapping[str, Backlog]:
         with self._database.read() as db:
-            query = (
-                "SELECT s.base_id, count(*), sum(s.rows - s.rows_done), min(j.accepted_ms)"
-                " FROM shards s JOIN jobs j ON j.id = s.job WHERE s.state = 'ready' AND j.lane = ? GROUP BY s.base_id"
-            )
-            return {base_id: Backlog(*said) for base_id, *said in db.execute(query, (Lane.BULK,))}
+            return queue.backlog(db)
 
     def publish(self, manifest: Manifest) -> None:
         with self._database.write() as db:

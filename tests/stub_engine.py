@@ -1,8 +1,10 @@
 """`python -m tests.stub_engine`: an engine child without a model, which starts at once and obeys its prompts.
 
 It speaks the child's protocol through the real loop, and answers `ok:<prompt>`. Prompts that hold one of these words:
-ABORT dies; HANG never returns from its pass; OOM is out of memory in company, OOM1 always; SLOW takes SLOW_PASSES.
-Its base is `stub` and its adapters a00 to a15. The environment may set STUB_BASE (another base's name, and answers),
+ABORT dies; HANG never returns from its pass; OOM is out of memory in company, OOM1 always; SLOW takes SLOW_PASSES,
+over which a row that is followed tells its tokens. Urgent rows come before those that wait.
+Its base is `stub` and its adapters a00 to a15; others may come from --adapters-dir while it runs: any folder with an
+adapter_config.json, known by what its files hold. The environment may set STUB_BASE (another base's name, and answers),
 STUB_STEP_S (seconds of a pass) and STUB_SEQS (rows of a pass).
 """
 
@@ -14,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loramill.schemas.manifest import AdapterOffer, Manifest
@@ -22,9 +25,11 @@ from loramill.schemas.prompt import Limits, Prompter
 from loramill.worker import child
 from loramill.worker.forecast import Forecast
 from loramill.worker.pressure import Pressure
+from loramill.worker.registry import find
 from loramill.worker.request import AdapterUnavailable, Completion, EngineStats, FinishReason, Request, Result
-from loramill.worker.serving import Served
+from loramill.worker.serving import Change, Served
 from loramill.worker.settings import ModelOptions
+from loramill.worker.specs import check_name
 
 BASE = os.environ.get("STUB_BASE", "stub")
 STEP_S = float(os.environ.get("STUB_STEP_S", "0"))
@@ -98,6 +103,23 @@ class Running:
     request: Request
     text: str
     left: int
+    told: int = 0
+
+    def tell(self) -> None:
+        """The tokens that were made by now, to whoever follows it."""
+        if self.request.follow is None or not self.left:
+            return
+        said = answer_to(self.request)[:-1]
+        made = len(said) * (SLOW_PASSES - self.left) // SLOW_PASSES
+        for token in said[self.told : made]:
+            for index in range(self.request.sampling.n):
+                self.request.follow(index, token, None)
+        self.told = made
+
+
+def answer_to(request: Request) -> list[int]:
+    """Its tokens."""
+    return [*ANSWER, *request.prompt, EOS]
 
 
 class StubEngine:
@@ -108,9 +130,9 @@ class StubEngine:
     def __init__(self, adapters: Collection[str]) -> None:
         """`adapters`: content hashes."""
         self.pressure = Pressure(SEQS, SEQS)
-        self.stats = EngineStats()
         self.resident: list[str] = []
-        self._adapters = adapters
+        self._stats = EngineStats()
+        self._adapters = set(adapters)
         self._waiting: dict[int, Request] = {}
         self._running: dict[int, Running] = {}
 
@@ -126,11 +148,30 @@ class StubEngine:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def stats(self) -> EngineStats:
+        stats = self._stats
+        stats.running, stats.places, stats.resident = len(self._running), self.max_num_seqs, len(self.resident)
+        stats.kv_used, stats.kv_tokens = CONTEXT * len(self._running), CONTEXT * SEQS
+        return stats
+
+    def register(self, sha256: str) -> None:
+        self._adapters.add(sha256)
+
+    def forget(self, sha256: str) -> None:
+        rows = [*self._waiting.values(), *(row.request for row in self._running.values())]
+        if any(sha256 == adapter for row in rows for adapter, _ in row.mix):
+            raise ValueError(f"adapter {sha256} is in use")
+        self._adapters.discard(sha256)
+
     def add(self, request: Request) -> None:
         for sha256, _ in request.mix:
             if sha256 not in self._adapters:
                 raise AdapterUnavailable(f"adapter {sha256} is not registered with this engine")
-        self._waiting[request.key] = request
+        later = {} if not request.urgent else {key: one for key, one in self._waiting.items() if not one.urgent}
+        for key in later:
+            del self._waiting[key]
+        self._waiting |= {request.key: request, **later}
 
     def step(self, on_start: Callable[[Sequence[int]], None] | None = None) -> list[Result]:
         begun = list(self._waiting)[: max(0, self.max_num_seqs - len(self._running))]
@@ -142,9 +183,12 @@ class StubEngine:
                 self._hold(request)
         if begun and on_start is not None:
             on_start(begun)
+        began_s, rows = time.perf_counter(), len(self._running)
         if STEP_S:
             time.sleep(STEP_S)
-        return self._pass()
+        results = self._pass()
+        self._stats.stepped(time.perf_counter() - began_s, rows, self.max_num_seqs)
+        return results
 
     def cancel_waiting(self) -> list[int]:
         dropped, self._waiting = list(self._waiting), {}
@@ -160,7 +204,6 @@ class StubEngine:
     def unwatch(self, forecast: Forecast) -> None: ...
 
     def _pass(self) -> list[Result]:
-        self.stats.steps += 1
         for row in self._running.values():
             if "ABORT" in row.text:
                 os.abort()
@@ -171,6 +214,7 @@ class StubEngine:
         self.pressure.went_well()
         for row in self._running.values():
             row.left -= 1
+            row.tell()
         done = [row.request for row in self._running.values() if not row.left]
         if not done:
             time.sleep(SLOW_PASS_S)
@@ -178,15 +222,16 @@ class StubEngine:
 
     def _answer(self, request: Request) -> Result:
         del self._running[request.key]
-        said = [*ANSWER, *request.prompt, EOS]
-        self.stats.completion_tokens += len(said) * request.sampling.n
+        said = answer_to(request)
+        self._stats.prompt_tokens += len(request.prompt)
+        self._stats.completion_tokens += len(said) * request.sampling.n
         completions = [Completion(index, said, FinishReason.STOP) for index in range(request.sampling.n)]
         return Result(request.key, len(request.prompt), completions)
 
     def _ran_out(self) -> list[Result]:
         keys = list(self._running)
         given_up = self.pressure.ran_out(keys, len(keys))
-        self.stats.out_of_memory += 1
+        self._stats.out_of_memory += 1
         self._waiting = {key: row.request for key, row in self._running.items()} | self._waiting
         self._running = {}
         if given_up is None:
@@ -196,9 +241,11 @@ class StubEngine:
 
     def _hold(self, request: Request) -> None:
         for sha256, _ in request.mix:
+            self._stats.adapter_loads += sha256 not in self.resident
             if sha256 in self.resident:
                 self.resident.remove(sha256)
             self.resident.append(sha256)
+        self._stats.adapter_evictions += len(self.resident[:-8])
         del self.resident[:-8]
 
 
@@ -226,9 +273,42 @@ def manifest() -> tuple[Manifest, dict[str, bytes]]:
 def open_stub(options: ModelOptions) -> Served:
     """The stub, whatever the settings say."""
     offered, blobs = manifest()
-    adapters = {one.key: Named(one.sha256) for one in offered.adapters}
+    first = StubOffers(options, offered, blobs).change()
     engine = StubEngine({one.sha256 for one in offered.adapters})
-    return Served(engine, offered, blobs, Prompter(ByteTokenizer(), Limits(CONTEXT, EOS + 1)), adapters)
+    prompter = Prompter(ByteTokenizer(), Limits(CONTEXT, EOS + 1))
+    return Served(engine, offered, blobs, prompter, first.adapters, first.offers)
+
+
+@dataclass(slots=True, frozen=True)
+class StubOffers:
+    """Adapters that come and go."""
+
+    options: ModelOptions
+    manifest: Manifest
+    blobs: Mapping[str, bytes]
+
+    def adding(self, name: str, source: str | None, scale: float | None) -> Change:
+        folder = Path(find(self.options, check_name(name), source).text)
+        config = folder / "adapter_config.json"
+        if not config.is_file():
+            raise ValueError(f"{config}: no such file")
+        sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.iterdir()))).hexdigest()
+        offer = AdapterOffer(
+            name=name, key=f"key-{sha256[:16]}", sha256=sha256, rank=json.loads(config.read_bytes()).get("r", 8),
+            targets=("q_proj",), scale=scale or 1.0,
+        )  # fmt: skip
+        return self._with(name, offer).change(sha256)
+
+    def removing(self, name: str) -> Change:
+        return self._with(name).change()
+
+    def change(self, opened: str | None = None) -> Change:
+        adapters = {one.key: Named(one.sha256, one.scale) for one in self.manifest.adapters}
+        return Change(self, self.manifest, self.blobs, adapters, opened)
+
+    def _with(self, name: str, *offers: AdapterOffer) -> StubOffers:
+        others = tuple(one for one in self.manifest.adapters if one.name != name)
+        return StubOffers(self.options, self.manifest.model_copy(update={"adapters": others + offers}), self.blobs)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loramill.worker.request import Completion, FinishReason, Request, Result, TokenLogprob
-from loramill.worker.scheduler import Sequence
+from loramill.worker.sequence import Sequence
 
 
 class Answers:
@@ -41,9 +41,11 @@ class Answers:
         if logprob is not None:
             sequence.logprobs.append(logprob)
         reason, stop_string = self._ending(sequence, token)
-        if reason is None:
-            return False
         request = sequence.request
+        if reason is None:
+            if request.follow is not None:
+                request.follow(sequence.index, token, logprob)
+            return False
         self._rows[request.key].append(
             Completion(
                 index=sequence.index,

@@ -21,10 +21,11 @@ from celery.worker import state
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.worker.base_files import base_name_of
 from loramill.worker.housekeeping import Housekeeping
+from loramill.worker.lifeline import follow_lifeline
 from loramill.worker.node import Node, open_node
 from loramill.worker.tickets import TASK, broker_of, make_app, top_up
 from loramill.worker.worker_log import line_of, log
-from loramill.worker.worker_settings import LIFELINE, WorkerOptions, worker_options_from
+from loramill.worker.worker_settings import WorkerOptions, worker_options_from
 
 warnings.simplefilter("ignore", SecurityWarning)  # of running as root: in a container there is nobody else
 # Of a setting for late acknowledgements, which there are none of.
@@ -108,8 +109,7 @@ def _start(**_: Any) -> None:
     node.start()
     housekeeping.start()
     threading.Thread(target=_oversee, args=(node, housekeeping), daemon=True).start()
-    if LIFELINE in os.environ:
-        threading.Thread(target=_follow, args=(int(os.environ[LIFELINE]),), daemon=True).start()
+    follow_lifeline()
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
@@ -138,8 +138,3 @@ def _oversee(node: Node, housekeeping: Housekeeping) -> None:
     for engine in node.engines:
         engine.kill()
     os._exit(housekeeping.code or 0)
-
-
-def _follow(lifeline: int) -> None:
-    os.read(lifeline, 1)
-    os._exit(1)

@@ -14,7 +14,7 @@ from loramill.kernels.multi_lora import Routing
 from loramill.kernels.router import Router
 from loramill.kernels.routing import TileRouting
 from loramill.worker.cache import KVCache, LayerShape, Places
-from loramill.worker.scheduler import Chunk
+from loramill.worker.sequence import Chunk
 from loramill.worker.slabs import Room, Slabs
 
 _WHOLE_ROOM = 0.4

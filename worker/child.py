@@ -17,14 +17,17 @@ import numpy as np
 
 from loramill.schemas.failures import Failure
 from loramill.schemas.job import JobSpec
+from loramill.schemas.said import SaidChoice
 from loramill.store.packing import Chunk, unpack_shard
 from loramill.store.records import DoneRow
+from loramill.worker.changes import KINDS, Changes, Prepared
 from loramill.worker.frames import BEAT_S, Frame, Kind, read_frame, write_frame
 from loramill.worker.request import Mix
 from loramill.worker.serving import Served, open_served
 from loramill.worker.settings import ModelOptions
 from loramill.worker.shard_runner import Job, Shard, ShardRunner
 from loramill.worker.specs import AdapterSpec
+from loramill.worker.worker_stats import tally
 
 _PR_SET_PDEATHSIG = 1
 
@@ -64,19 +67,20 @@ def die_with_parent() -> None:
 def serve(inbound: BinaryIO, outbound: BinaryIO, open_engine: Callable[[ModelOptions], Served]) -> int:
     """Opens the engine as the first frame says, and answers shards until the process ends: with its input, from the
     reading thread. Returns an exit code if the engine cannot be opened."""
-    frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+    frames: queue.SimpleQueue[Frame | Prepared] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(inbound, frames), daemon=True).start()
+    first = frames.get()
+    assert isinstance(first, Frame)
     try:
-        served = open_engine(options_of(frames.get().fields))
+        served = open_engine(options_of(first.fields))
     except Failure as failure:
         write_frame(outbound, Kind.FATAL, code=int(failure.code), lines=failure.lines)
         return int(failure.code)
-    for sha, blob in served.blobs.items():
-        write_frame(outbound, Kind.BLOB, blob, sha=sha)
-    write_frame(outbound, Kind.MANIFEST, manifest=served.manifest.model_dump(mode="json"))
+    changes = Changes(served, outbound, frames.put)
+    changes.say()
     engine = served.engine
     write_frame(outbound, Kind.READY, device=engine.device, resident=served.resident, max_num_seqs=engine.max_num_seqs)
-    child = _Child(served, frames, outbound)
+    child = _Child(changes, frames, outbound)
     while True:
         child.turn()
 
@@ -91,7 +95,7 @@ def options_of(fields: Mapping[str, Any]) -> ModelOptions:
     return ModelOptions(**given)
 
 
-def _read(inbound: BinaryIO, frames: queue.SimpleQueue[Frame]) -> None:
+def _read(inbound: BinaryIO, frames: queue.SimpleQueue[Frame | Prepared]) -> None:
     code = 1
     try:
         while (frame := read_frame(inbound)) is not None:
@@ -106,10 +110,12 @@ def _read(inbound: BinaryIO, frames: queue.SimpleQueue[Frame]) -> None:
 class _Child:
     """The loop: what came in, one pass, what goes out."""
 
-    def __init__(self, served: Served, frames: queue.SimpleQueue[Frame], outbound: BinaryIO) -> None:
-        self._served, self._frames, self._out = served, frames, outbound
+    def __init__(self, changes: Changes, frames: queue.SimpleQueue[Frame | Prepared], outbound: BinaryIO) -> None:
+        self._changes, self._frames, self._out = changes, frames, outbound
+        self._served = served = changes.served
         self._runner = ShardRunner(served.engine, served.prompter)
         self._alone = served.alone
+        self._specs: dict[str, JobSpec] = {}
         self._jobs: dict[str, Job] = {}
         self._shards: dict[int, Shard] = {}
         self._steps = 0
@@ -142,18 +148,32 @@ class _Child:
         except queue.Empty:
             return
 
-    def _take(self, frame: Frame) -> None:
+    def _take(self, frame: Frame | Prepared) -> None:
+        if isinstance(frame, Prepared) or frame.kind in KINDS:
+            return self._change(frame)
         said = frame.fields
         if frame.kind is Kind.JOB:
-            spec = JobSpec.model_validate(said["spec"])
+            spec = self._specs[said["spec"]["id"]] = JobSpec.model_validate(said["spec"])
             self._jobs[spec.id] = self._served.job(spec)
         elif frame.kind is Kind.FORGET:
+            self._specs.pop(said["job"], None)
             self._jobs.pop(said["job"], None)
         elif frame.kind is Kind.SHARD:
             self._start(said["key"], self._jobs[said["job"]], unpack_shard(frame.blob), said)
         elif frame.kind is Kind.STOP and said["key"] in self._shards:
             self._runner.cancel(self._shards[said["key"]], now=said["now"])
             self._runner.emit_all()
+
+    def _change(self, frame: Frame | Prepared) -> None:
+        if isinstance(frame, Prepared):
+            self._changes.take(frame)
+        else:
+            self._changes.ask(frame)
+        if self._changes.served is not self._served:
+            self._served = self._changes.served
+            self._alone = self._served.alone
+            # What a job's later shards need may have come since its first one.
+            self._jobs = {key: self._served.job(spec) for key, spec in self._specs.items()}
 
     def _start(self, key: int, job: Job, rows: list[tuple[int, bytes]], said: Mapping[str, Any]) -> None:
         position = {number: at for at, (number, _) in enumerate(rows)}
@@ -163,10 +183,13 @@ class _Child:
 
         def emit(finished: list[DoneRow]) -> None:
             chunk = Chunk.of(finished, [position[row.row] for row in finished])
-            write_frame(self._out, Kind.ROWS, chunk.to_bytes(), key=key)
+            write_frame(self._out, Kind.ROWS, chunk.to_bytes(), key=key, tallies=tally(finished))
 
         def on_start(numbers: list[int], alone: bool) -> None:
             write_frame(self._out, Kind.RUNNING, started=[[key, position[one]] for one in numbers], alone=alone)
+
+        def tell(news: list[SaidChoice]) -> None:
+            write_frame(self._out, Kind.DELTA, key=key, choices=[said.model_dump() for said in news])
 
         shard = Shard(
             job,
@@ -175,6 +198,7 @@ class _Child:
             merged=self._is_merged,
             alone=frozenset(rows[at][0] for at in said["alone"]),
             on_start=on_start,
+            tell=tell,
         )
         self._shards[key] = shard
         self._runner.submit(shard)

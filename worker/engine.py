@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Several
 
@@ -22,7 +23,8 @@ from loramill.worker.pressure import ATTEMPTS, Pressure
 from loramill.worker.request import EngineStats, Mix, Request, Result, Sampling
 from loramill.worker.residency import Residency
 from loramill.worker.sampling import Draw, draw
-from loramill.worker.scheduler import Chunk, Scheduler, Sequence, Step
+from loramill.worker.scheduler import Scheduler
+from loramill.worker.sequence import Chunk, Sequence, Step
 
 _MAX_SEQS = {"cpu": 128, "cuda": 256}
 
@@ -111,6 +113,7 @@ class Engine:
     def _pass(self, on_start: Callable[[Several[int]], None] | None = None) -> tuple[list[Result], Tensor | None]:
         """One pass: the rows that it finished, and the logits [O, vocab] of those that got a token."""
         scheduler = self._scheduler
+        began_s = time.perf_counter()
         step = scheduler.schedule()
         if on_start is not None and (begun := [c.sequence.request.key for c in step.chunks if not c.start]):
             on_start(begun)
@@ -132,7 +135,7 @@ class Engine:
         else:
             for chunk in chunks:
                 chunk.sequence.computed += chunk.size
-            self._count(chunks)
+            self._count(chunks, time.perf_counter() - began_s)
             self._pressure.went_well()
             self._limit()
             return failed + self._emit(sampled, draws), logits
@@ -216,7 +219,10 @@ class Engine:
         """Counters so far."""
         self._stats.preemptions = self._scheduler.preemptions
         self._stats.running = len(self._scheduler.running)
+        self._stats.places = self.max_num_seqs
         self._stats.resident = len(self._scheduler.slots.resident)
+        slabs = self._scheduler.slabs
+        self._stats.kv_used, self._stats.kv_tokens = slabs.reserved, len(slabs) * slabs.tokens
         return self._stats
 
     def reset_stats(self) -> None:
@@ -244,9 +250,9 @@ class Engine:
         self.max_num_seqs = scheduler.max_num_seqs = pressure.max_num_seqs
         scheduler.max_num_batched_tokens = pressure.max_num_batched_tokens
 
-    def _count(self, chunks: list[Chunk]) -> None:
+    def _count(self, chunks: list[Chunk], seconds: float) -> None:
         self._stats.waves += not self._stats.steps and not self._stats.waves
-        self._stats.steps += 1
+        self._stats.stepped(seconds, len(chunks), self.max_num_seqs)
         for sequence, start, size, _ in chunks:
             self._stats.prompt_tokens += max(0, min(size, len(sequence.request.prompt) - start))
 

@@ -17,14 +17,17 @@ from typing import IO, Any
 from loramill.schemas.failures import ExitCode, Failure
 from loramill.schemas.job import JobSpec
 from loramill.schemas.manifest import Manifest
+from loramill.schemas.said import SaidChoice
 from loramill.store.packing import Chunk
 from loramill.store.records import Claim
 from loramill.worker.devices import Device
 from loramill.worker.frames import Frame, Kind, read_frame, write_frame
-from loramill.worker.handle import Died, Ended, Handle
+from loramill.worker.handle import Delta, Died, Ended, Handle
+from loramill.worker.offered import Answer, Offered
 from loramill.worker.settings import ModelOptions
 from loramill.worker.stopwatch import Stopwatch
 from loramill.worker.worker_log import log
+from loramill.worker.worker_stats import EngineCounts
 
 CHILD = "LORAMILL_CHILD"
 """A command line in place of `python -m loramill.worker.child`."""
@@ -47,12 +50,9 @@ class EngineProcess:
         self.device = device
         self.name = device.name
         """Of `auto`, what the child says that it is once it is ready."""
-        self.manifest: Manifest | None = None
-        self.blobs: Mapping[str, bytes] = {}
         self.resident: tuple[str, ...] = ()
         """Keys of the adapters in its slots."""
-        self.stats: Mapping[str, Any] = {}
-        """What the child counted, EngineStats as plain values; {} before its first beat."""
+        self.counts = EngineCounts()
         self.restarts = 0
         self.progress = 0
         """Grows while the engine steps, or has nothing to do."""
@@ -68,6 +68,7 @@ class EngineProcess:
         self._jobs: Counter[str] = Counter()
         self._running: dict[int, set[int]] = {}
         self._alone = self._died_alone = False
+        self.offered = Offered(self._lock, self.send, lambda: (handle.adapters for handle in self._handles.values()))
         self._last_key = 0
         self._steps = -1
         self._stalled = Stopwatch()
@@ -85,18 +86,24 @@ class EngineProcess:
         return self._ready_at_s is not None and not self.stalled
 
     @property
+    def manifest(self) -> Manifest | None:
+        """Under which shards are claimed for it, once that is `offered.settled`."""
+        return self.offered.manifest
+
+    @property
     def stalled(self) -> bool:
         """Whether it should step and has not for STALLED_S."""
         return self._stalled.seconds >= STALLED_S
 
     def run(self, spec: JobSpec, claim: Claim, blob: bytes) -> Handle:
-        """Gives it a shard, `blob` as pack_shard made it. If it is down, the handle says so at once."""
+        """Gives it a shard, `blob` as pack_shard made it. If it is down, the handle says so at once; if it has let go
+        of an adapter since the claim, that no row will come."""
         job = spec.id
         with self._lock:
             self._last_key += 1
-            handle = Handle(self.send, self._last_key, job)
-            if not self.ready:
-                handle.put(Died())
+            handle = Handle(self.send, self._last_key, job, claim.adapters)
+            if not self.ready or not self.offered.admits(claim.adapters):
+                handle.put(Ended() if self.ready else Died())
                 return handle
             self._handles[handle.key] = handle
             self._running[handle.key] = set()
@@ -200,7 +207,7 @@ class EngineProcess:
             if frame.kind is Kind.BLOB:
                 blobs[frame.fields["sha"]] = frame.blob
             elif frame.kind is Kind.MANIFEST:
-                self.manifest, self.blobs = Manifest.model_validate(frame.fields["manifest"]), blobs
+                self.offered.announce(Manifest.model_validate(frame.fields["manifest"]), dict(blobs))
             elif frame.kind is Kind.FATAL:
                 self.failure = Failure(ExitCode(frame.fields["code"]), *frame.fields["lines"])
             else:
@@ -217,20 +224,26 @@ class EngineProcess:
             elif frame.kind is Kind.BEAT:
                 if said["steps"] != self._steps or not said["busy"]:
                     self.progress += 1
-                self._steps, self.resident, self.stats = said["steps"], tuple(said["resident"]), said["stats"]
+                self._steps, self.resident, self.counts.stats = said["steps"], tuple(said["resident"]), said["stats"]
+            elif frame.kind is Kind.ANSWER:
+                self.offered.answer(said["name"], Answer(said["stamp"], said["refused"]))
             elif frame.kind is Kind.RUNNING:
                 for key, position in said["started"]:
                     self._running.setdefault(key, set()).add(position)
                 self._alone = said["alone"]
             elif frame.kind is Kind.ROWS and (handle := self._handles.get(said["key"])):
                 chunk = Chunk.from_bytes(frame.blob)
+                self.counts.count(said["tallies"])
                 self._running[handle.key].difference_update(chunk.index["position"].tolist())
                 handle.put(chunk)
+            elif frame.kind is Kind.DELTA and (handle := self._handles.get(said["key"])):
+                handle.put(Delta([SaidChoice.model_validate(choice) for choice in said["choices"]]))
             elif frame.kind is Kind.END and (handle := self._handles.pop(said["key"], None)):
                 del self._running[handle.key]
                 self._jobs[handle.job] -= 1
                 if not self._jobs[handle.job]:
                     self.send(Kind.FORGET, job=handle.job)
+                self.offered.drop()
                 handle.put(Ended())
 
     def _bury(self) -> None:
@@ -242,6 +255,8 @@ class EngineProcess:
             running = {key: set[int]() for key in handles} if self._closing.is_set() else self._running
             self._running = {}
             self._jobs.clear()
+            self.offered.died()
+            self.counts.died()
             lone = self._died_alone = self._alone and sum(len(positions) for positions in running.values()) == 1
         for key, handle in handles.items():
             suspects = tuple(sorted(running[key]))

@@ -11,15 +11,20 @@ its blob (32 bits each, little-endian), the header (a JSON object with the frame
 | `shard` | `key`: a number not in use; `job`: id; `skip`: hex of Claim.done; `alone`: positions | pack_shard()'s |
 | `stop` | `key`; `now`: whether running rows are dropped too, instead of finished | |
 | `forget` | `job`: none of its shards is left | |
+| `load` | `name`, `source`, `scale`: see `registry.find`; `stamp`: of the wish | |
+| `unload` | `name`; `stamp` | |
+| `drop` | `key`: of an adapter that no shard to come needs | |
 
 | from the child | fields | blob |
 |---|---|---|
 | `blob` | `sha`: hex | a tokenizer's file |
-| `manifest` | `manifest`: Manifest; after the blobs that it names | |
+| `manifest` | `manifest`: Manifest; after the blobs that it names; again after each change | |
+| `answer` | `name`, `stamp`: `load` or `unload` is carried out; `refused`: or why not, else null | |
 | `ready` | `device`, `max_num_seqs`, `resident`: keys of adapters | |
 | `fatal` | `code`: ExitCode, `lines`: it ends now, and would again | |
 | `running` | `started`: [key, position] of rows that run from now on; `alone`: the one row, and nothing else | |
-| `rows` | `key` | Chunk.to_bytes() |
+| `rows` | `key`; `tallies`: see `worker_stats` | Chunk.to_bytes() |
+| `delta` | `key`, `choices`: SaidChoice's fields, of a job that streams | |
 | `end` | `key`: no more rows of that shard will come | |
 | `beat` | `steps`: passes so far, `busy`, `resident`, `stats`: EngineStats | |
 
@@ -51,12 +56,17 @@ class Kind(StrEnum):
     SHARD = "shard"
     STOP = "stop"
     FORGET = "forget"
+    LOAD = "load"
+    UNLOAD = "unload"
+    DROP = "drop"
     BLOB = "blob"
     MANIFEST = "manifest"
+    ANSWER = "answer"
     READY = "ready"
     FATAL = "fatal"
     RUNNING = "running"
     ROWS = "rows"
+    DELTA = "delta"
     END = "end"
     BEAT = "beat"
 

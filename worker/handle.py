@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from loramill.schemas.said import SaidChoice
 from loramill.store.packing import Chunk
 from loramill.worker.frames import Kind
 
@@ -25,18 +26,28 @@ class Died:
     """The one row that was in the engine at all."""
 
 
-class Handle:
-    """A shard in an engine. Its events come in order: chunks, and then Ended or Died, once."""
+@dataclass(slots=True, frozen=True)
+class Delta:
+    """More of the answers that its row is given."""
 
-    def __init__(self, send: Callable[..., None], key: int, job: str) -> None:
-        """`send` writes a frame to the engine."""
-        self.key, self.job = key, job
+    choices: Sequence[SaidChoice]
+
+
+Event = Chunk | Delta | Ended | Died
+
+
+class Handle:
+    """A shard in an engine. Its events come in order: chunks and deltas, and then Ended or Died, once."""
+
+    def __init__(self, send: Callable[..., None], key: int, job: str, adapters: tuple[str, ...] = ()) -> None:
+        """`send` writes a frame to the engine; `adapters` are the keys of those that the rows need."""
+        self.key, self.job, self.adapters = key, job, adapters
         self.ended = False
         """Whether all that will come has come; it may still wait to be taken."""
         self._send = send
-        self._events: queue.SimpleQueue[Chunk | Ended | Died] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def take(self, timeout_s: float) -> Chunk | Ended | Died | None:
+    def take(self, timeout_s: float) -> Event | None:
         """The next event; None if there is none within the time."""
         try:
             return self._events.get(timeout=timeout_s)
@@ -48,7 +59,7 @@ class Handle:
         if not self.ended:
             self._send(Kind.STOP, key=self.key, now=now)
 
-    def put(self, event: Chunk | Ended | Died) -> None:
+    def put(self, event: Event) -> None:
         """For the engine's reader."""
-        self.ended = self.ended or not isinstance(event, Chunk)
+        self.ended = self.ended or isinstance(event, Ended | Died)
         self._events.put(event)

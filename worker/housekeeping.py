@@ -30,7 +30,8 @@ class Housekeeping:
         self.code: int | None = None
         self._node, self._top_up = node, top_up
         self._done_at_s: dict[str, float] = {}
-        self._state = ""
+        self._said: object = None
+        """Of the last hello, what others should not have to wait for."""
         self._summed_up = 0
         self._starving = Stopwatch()
         self._tickets = 0
@@ -65,10 +66,12 @@ class Housekeeping:
             if engine.failure is not None:
                 return node.fail(engine.failure)
         node.publish()
+        node.wanted.look()
         record = node.record()
-        if self._is_due("hello", HELLO_S) or record.state != self._state:
+        said = (record.state, record.manifest, record.answered, record.refused)
+        if self._is_due("hello", HELLO_S) or said != self._said:
             node.store.hello(record)
-            self._state = record.state
+            self._said = said
         if self._is_due("reap", REAP_S) and (reaped := node.store.reap()).leases:
             log(f"worker {node.name}: took back {reaped.leases} leases that had run out")
         if node.shards_done != self._summed_up and self._is_due("summary", SUMMARY_S):

@@ -40,12 +40,18 @@ class Models:
     parts: Mapping[str, str]
     """What of the base decides the answers, as a person calls it -> its content's hash."""
 
-    def with_adapter(self, name: str, opened: Opened) -> Models:
-        """The same with one adapter more, or another one of that name. Raises ValueError."""
-        adapters = {**self.names.adapters, check_name(name): opened.named}
-        return replace(
-            self, names=replace(self.names, adapters=adapters), adapters={**self.adapters, name: opened.adapter}
-        )
+    def adding(self, name: str, spec: AdapterSpec, scale: float | None = None) -> tuple[Models, Opened]:
+        """The same with one adapter more, or another one of that name; it is found, read and checked as at the start.
+        `scale` is in place of the spec's own. Raises ValueError with every reason against it, a line each."""
+        check_name(name)
+        try:
+            opened = self.opener.open(spec, scale)
+        except AdapterError as error:
+            raise ValueError("\n".join(error.problems)) from error
+        names = replace(self.names, adapters={**self.names.adapters, name: opened.named})
+        unusable = {other: why for other, why in self.unusable.items() if other != name}
+        adapters = {**self.adapters, name: opened.adapter}
+        return replace(self, names=names, adapters=adapters, unusable=unusable), opened
 
     def without_adapter(self, name: str) -> Models:
         """The same without that adapter. Raises ValueError if an alias or a route leads to it."""
@@ -82,11 +88,13 @@ class Opener:
         self.base, self.options = base, options
         self.tokenizers = Tokenizers(Path(base.path), Limits(base.max_model_len, base.vocab_size), template)
 
-    def open(self, spec: AdapterSpec) -> Opened:
-        """Finds (downloads, if it is the hub's) and checks one adapter. Raises AdapterError with every reason."""
+    def open(self, spec: AdapterSpec, scale: float | None = None) -> Opened:
+        """Finds (downloads, if it is the hub's) and checks one adapter, `scale` in place of the spec's own. Raises
+        AdapterError with every reason."""
         options = self.options
         try:
-            folder, scale = fetch(spec)
+            folder, registered = fetch(spec)
+            scale = registered if scale is None else scale
             template = base_files.adapter_template(folder) or None
         except ValueError as error:
             raise AdapterError([str(error)]) from error

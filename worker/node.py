@@ -8,21 +8,26 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from loramill.schemas.failures import ExitCode, Failure
+from loramill.schemas.job import Lane
+from loramill.schemas.manifest import Manifest
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreError, StoreLost
 from loramill.store.opening import open_store
-from loramill.store.records import WorkerRecord
+from loramill.store.records import Claim, WorkerRecord
+from loramill.worker.adapters_wanted import AdaptersWanted
 from loramill.worker.devices import take_devices
 from loramill.worker.drain import Drain
 from loramill.worker.engine_process import EngineProcess
+from loramill.worker.express import Express
 from loramill.worker.leases import Leases
 from loramill.worker.shard_run import ShardRun
 from loramill.worker.worker_log import log, log_seldom
 from loramill.worker.worker_settings import WorkerOptions
+from loramill.worker.worker_stats import record_of
 
 READY_LOOK_S = 0.1
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
@@ -31,7 +36,8 @@ goes on so."""
 
 
 class Node:
-    """One worker. `work` is for the threads that take shards; `worker/housekeeping.py` does everything else."""
+    """One worker. `work` is for the threads that take shards; `worker/express.py` takes questions, and
+    `worker/housekeeping.py` does everything else."""
 
     def __init__(self, options: WorkerOptions, store: JobStore, engines: Sequence[EngineProcess]) -> None:
         self.options, self.store, self.engines = options, store, engines
@@ -40,8 +46,7 @@ class Node:
         self.leases = Leases(store)
         self.failure: Failure | None = None
         """Why the worker cannot go on."""
-        self.published: set[str] = set()
-        """Ids of the engines' manifests that the store has: what can be claimed under."""
+        self.wanted = AdaptersWanted(store.shelf, engines)
         self.rows: Counter[EngineProcess] = Counter()
         """Rows that each engine did, as far as their shards have left it."""
         self.shards_done = 0
@@ -49,14 +54,16 @@ class Node:
         """How often `work` was called."""
         self._load: Counter[EngineProcess] = Counter()
         self._lock = threading.Lock()
+        self._express = Express(self)
         self._started_ms = round(time.time() * 1000)
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Begins loading, and keeping leases."""
+        """Begins loading, keeping leases, and looking for questions."""
         for engine in self.engines:
             engine.start()
         threading.Thread(target=self.leases.keep, args=(self._closed,), daemon=True).start()
+        self._express.start()
 
     @property
     def rows_done(self) -> int:
@@ -66,12 +73,12 @@ class Node:
     @property
     def idle(self) -> bool:
         """No thread has an engine in use."""
-        return not self._load.total()
+        return not self._load.total() and not self._express.running
 
     @property
     def ready(self) -> bool:
         """Whether a claim would find an engine."""
-        return any(self._can(engine) for engine in self.engines)
+        return any(self.can(engine) for engine in self.engines)
 
     def work(self) -> bool:
         """Runs shards, one after another, until nothing suits or the worker drains. Returns whether there was any."""
@@ -93,20 +100,29 @@ class Node:
     def _run_one(self) -> bool:
         """Claims the shard that suits best, and runs it. Returns False if there is none."""
         with self._engine() as engine:
-            if engine is None or engine.manifest is None:
+            if engine is None:
                 return False
             asked_s = time.monotonic()
-            claim = self.store.claim(self.name, engine.manifest.id, engine.resident)
+            claim = self.claim(engine)
             if claim is None:
                 return False
-            run = ShardRun(self.store, self.name, engine, claim, asked_s, self.drain)
-            try:
-                run.run(self.leases)
-            finally:
-                with self._lock:
-                    self.rows[engine] += run.rows_done
-                    self.shards_done += 1
+            self.run(engine, claim, asked_s)
             return True
+
+    def claim(self, engine: EngineProcess, lane: Lane = Lane.BULK) -> Claim | None:
+        """The shard that suits an engine best, if it is still there and there is one. Raises StoreError."""
+        manifest = engine.manifest
+        return None if manifest is None else self.store.claim(self.name, manifest.id, engine.resident, lane=lane)
+
+    def run(self, engine: EngineProcess, claim: Claim, asked_s: float) -> None:
+        """Runs a claimed shard to its end; `asked_s` is from before the claim. Raises StoreError as ShardRun.run."""
+        run = ShardRun(self.store, self.name, engine, claim, asked_s, self.drain)
+        try:
+            run.run(self.leases)
+        finally:
+            with self._lock:
+                self.rows[engine] += run.rows_done
+                self.shards_done += 1
 
     @contextmanager
     def _engine(self) -> Iterator[EngineProcess | None]:
@@ -115,7 +131,7 @@ class Node:
         while not (self.drain.asked or self.failure):
             with self._lock:
                 most = self.options.concurrency if len(self.engines) > 1 else math.inf
-                able = [engine for engine in self.engines if self._can(engine) and self._load[engine] < most]
+                able = [engine for engine in self.engines if self.can(engine) and self._load[engine] < most]
                 if able:
                     chosen = min(able, key=lambda engine: self._load[engine])
                     self._load[chosen] += 1
@@ -130,8 +146,9 @@ class Node:
             with self._lock:
                 self._load[chosen] -= 1
 
-    def _can(self, engine: EngineProcess) -> bool:
-        return engine.ready and engine.manifest is not None and engine.manifest.id in self.published
+    def can(self, engine: EngineProcess) -> bool:
+        """Whether it takes shards that are claimed for it."""
+        return engine.ready and engine.offered.settled
 
     def fail(self, failure: Failure) -> None:
         """The worker cannot go on. Said once."""
@@ -144,17 +161,20 @@ class Node:
         self.drain.ask(at_once=True)
 
     def publish(self) -> None:
-        """Lets the store know what the engines serve, once each. Raises StoreError."""
-        for engine in self.engines:
-            manifest, blobs = engine.manifest, engine.blobs
-            if not engine.ready or manifest is None or manifest.id in self.published:
-                continue
+        """Lets the store know what the engines serve, once each, and has shards claimed under that from then on.
+        Raises StoreError."""
+
+        def publish(manifest: Manifest, blobs: Mapping[str, bytes]) -> None:
             for digest, data in blobs.items():
                 if not self.store.has_blob(digest):
                     self.store.put_blob(data)
+            # Also if it was published before: the latest says what names mean.
             self.store.publish(manifest)
-            self.published.add(manifest.id)
             log(f"worker {self.name}: {manifest.base} with {len(manifest.adapters)} adapters on {engine.name}, ready")
+
+        for engine in self.engines:
+            if engine.ready:
+                engine.offered.settle(publish)
 
     def record(self) -> WorkerRecord:
         """The worker as others see it."""
@@ -172,6 +192,9 @@ class Node:
             resident=tuple(resident),
             rows_done=self.rows_done,
             restarts=sum(engine.restarts for engine in self.engines),
+            stats=record_of(engine.counts for engine in self.engines),
+            refused=self.wanted.refused,
+            answered=self.wanted.answered,
         )
 
     def close(self) -> None:

@@ -62,6 +62,34 @@ def read_registry(options: AdapterOptions) -> Registry:
     return registry
 
 
+def find(options: AdapterOptions, name: str, source: str | None = None) -> AdapterSpec:
+    """Where an adapter is that is asked for while a worker runs: `source`, a path in --adapters-dir; without one, what
+    the worker was given under that name, or else that sub-folder. Raises ValueError, Failure."""
+    if source is None:
+        registry = read_registry(options)
+        if name in registry.refused:
+            raise ValueError(registry.refused[name])
+        if name in registry.adapters:
+            return registry.adapters[name].spec
+    if options.adapters_dir is None:
+        raise ValueError("this worker has no --adapters-dir to look for it in")
+    folder = options.adapters_dir / (source or name)
+    root = options.adapters_dir.resolve()
+    # Before anything else: what is outside is not even looked at.
+    if not folder.resolve().is_relative_to(root):
+        raise ValueError(f"{folder}: it leads out of --adapters-dir")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if out := _leads_out(folder, root):
+        raise ValueError(f"{out}: the link leads out of --adapters-dir")
+    return AdapterSpec(str(folder))
+
+
+def _leads_out(folder: Path, root: Path) -> Path | None:
+    """What in an adapter's folder is a link to somewhere outside of `root`, the folder itself included."""
+    return next((one for one in (folder, *folder.iterdir()) if not one.resolve().is_relative_to(root)), None)
+
+
 def _read_folder(registry: Registry, folder: Path) -> None:
     """Every sub-folder that has an adapter, named after it."""
     source = f"--adapters-dir {folder}"
@@ -74,7 +102,7 @@ def _read_folder(registry: Registry, folder: Path) -> None:
         path = folder / entry.name
         if not ADAPTER_NAME.fullmatch(entry.name):
             registry.refused[entry.name] = f"{path}: the folder's name cannot be an adapter's name"
-        elif out := [one for one in (entry, *entry.iterdir()) if not one.resolve().is_relative_to(root)]:
-            registry.refused[entry.name] = f"{folder / out[0].relative_to(root)}: the link leads out of --adapters-dir"
+        elif out := _leads_out(entry, root):
+            registry.refused[entry.name] = f"{folder / out.relative_to(root)}: the link leads out of --adapters-dir"
         else:
             registry.add(entry.name, Entry(AdapterSpec(str(path)), source, given=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -65,6 +66,10 @@ class Request:
     """Static: computed while the base's weights are those with the mix merged in. Dynamic otherwise."""
     decode: Callable[[list[int]], str] | None = None
     """Token ids to text, which finds stop strings: tokens are what the mix's vocabulary says."""
+    urgent: bool = False
+    """Somebody waits for it: it starts before the rows that wait, and they do not wait for it for ever."""
+    follow: Follow | None = None
+    """Told of every token that does not end its answer, as it is drawn: the answer's index, the token, its logprob."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,6 +80,9 @@ class TokenLogprob:
     logprob: float
     top: list[tuple[int, float]]
     """(token id, logprob), best first; as many as asked for."""
+
+
+Follow = Callable[[int, int, TokenLogprob | None], None]
 
 
 @dataclass(slots=True)
@@ -125,6 +133,24 @@ class HostStats:
     """The most held at once."""
 
 
+STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Of StepTimes. A decode step takes milliseconds to tenths, a long prefill on a CPU seconds."""
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """How long passes took. Adding one takes 0.2 us."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_BOUNDS_S) + 1))
+    """Passes of at most each of STEP_BOUNDS_S and more than the one before it; at the end the longer ones."""
+    sum_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more pass."""
+        self.counts[bisect_left(STEP_BOUNDS_S, seconds)] += 1
+        self.sum_s += seconds
+
+
 @dataclass(slots=True)
 class EngineStats:
     """Counters since the engine was made."""
@@ -132,6 +158,11 @@ class EngineStats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
+    step_times: StepTimes = field(default_factory=StepTimes)
+    batch_rows: int = 0
+    """Sequences in passes, summed up over passes."""
+    batch_places: int = 0
+    """The most that there could have been in them."""
     adapter_loads: int = 0
     """Into device slots."""
     adapter_evictions: int = 0
@@ -147,4 +178,18 @@ class EngineStats:
     out_of_memory: int = 0
     """Passes that ran out of memory and were made again with less in them."""
     running: int = 0
+    """Now, as are those that follow."""
+    places: int = 0
+    """Of sequences: the most that run at once."""
     resident: int = 0
+    kv_used: int = 0
+    """Tokens of the cache that sequences have reserved."""
+    kv_tokens: int = 0
+    """Tokens of the cache."""
+
+    def stepped(self, seconds: float, rows: int, places: int) -> None:
+        """One more pass, with so many sequences where there are `places`."""
+        self.steps += 1
+        self.step_times.add(seconds)
+        self.batch_rows += rows
+        self.batch_places += places

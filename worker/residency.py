@@ -14,7 +14,8 @@ from loramill.worker.memory import free_memory
 from loramill.worker.merge import MergeError
 from loramill.worker.model import Model
 from loramill.worker.request import AdapterUnavailable, EngineStats, Mix
-from loramill.worker.scheduler import Scheduler, Step
+from loramill.worker.scheduler import Scheduler
+from loramill.worker.sequence import Step
 from loramill.worker.slots import Load, Slots
 
 _HOST_SHARE = 0.25

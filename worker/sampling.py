@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loramill.worker.request import Sampling, TokenLogprob
-from loramill.worker.scheduler import Sequence
+from loramill.worker.sequence import Sequence
 
 _CANDIDATES = 256
 """How many of the likeliest tokens top-k, top-p and min-p look at first; rows that need more sort the vocabulary."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import takewhile
 
-from loramill.kernels.mixes import Mix as SlotMix
-from loramill.worker.request import Mix, Request, TokenLogprob
+from loramill.worker.request import Mix
+from loramill.worker.sequence import Chunk, Sequence, Step
 from loramill.worker.slabs import Place, Slabs
 from loramill.worker.slots import Load, Slots
 
@@ -19,64 +18,8 @@ PATIENCE = 4096
 had its turn. Much: its slots come free with the longest answer, and stopping sooner only empties the batch."""
 WEIGHTS_PATIENCE = 64
 """The same for want of other weights, which never come by themselves while rows are admitted that use the present ones.
-A planned job has those that share weights together, and never waits for this; rows that come as they may do."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One answer in the making: sample `index` of `request`."""
-
-    request: Request
-    index: int
-    tokens: list[int]
-    """Prompt and what was generated so far."""
-    computed: int = 0
-    """How many of `tokens` have their keys and values in the cache."""
-    slots: SlotMix = ()
-    """The slots of its mix while it runs, none if the mix is merged."""
-    place: Place | None = None
-    started: bool = False
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def weights(self) -> Mix:
-        """The mix that must be merged into the base's weights while this runs."""
-        return self.request.mix if self.request.merged else ()
-
-    def asks_for(self, adapter: str) -> bool:
-        """Whether the adapter is in its mix."""
-        return any(adapter == member for member, _ in self.request.mix)
-
-    @property
-    def longest(self) -> int:
-        """Tokens that the cache may have to hold (the last token is never computed)."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens - 1
-
-
-class Chunk(NamedTuple):
-    """`size` tokens of a sequence from position `start`; `samples`: it reaches the end, so a token is drawn."""
-
-    sequence: Sequence
-    start: int
-    size: int
-    samples: bool
-
-
-class Step(NamedTuple):
-    """One forward pass: see that `weights` is what is merged into the base, carry out `loads`, then compute `chunks`,
-    which are sorted by mix."""
-
-    weights: Mix
-    loads: list[Load]
-    chunks: list[Chunk]
+A planned job has those that share weights together, and never waits for this; rows that come as they may do. And
+the same for the first row that is not urgent, while urgent ones are before it."""
 
 
 class Scheduler:
@@ -84,7 +27,11 @@ class Scheduler:
 
     Rows are admitted in the order in which they were added, except that a row whose adapters can have no slots now, or
     that needs other weights merged than are, is passed over. The weights change when no row runs. A running row always
-    goes on; when the cache is full the youngest one starts over later.
+    goes on; when the cache is full the youngest one starts over later, of those that are not urgent if there are any.
+
+    Urgent rows wait before the others. One without slots gets those that come free the soonest, which no other row that
+    needs their adapters prolongs; for one that needs other weights no row starts. The first row that is not urgent has
+    its turn after WEIGHTS_PATIENCE passes all the same.
     """
 
     def __init__(self, slots: Slots, slabs: Slabs, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -108,7 +55,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(sequence)
+        if sequence.request.urgent:
+            self.waiting.insert(self._urgent_waiting, sequence)
+        else:
+            self.waiting.append(sequence)
         self._admissible = True
 
     def schedule(self) -> Step:
@@ -119,7 +69,7 @@ class Scheduler:
         for decoding in (True, False):
             for sequence in self.running:
                 if (sequence.pending == 1) is decoding and budget:
-                    chunks.append(_chunk(sequence, budget))
+                    chunks.append(sequence.chunk(budget))
                     budget -= chunks[-1].size
         loads = self._admit(budget, chunks) if budget and self._admissible else []
         chunks.sort(key=lambda chunk: chunk.sequence.slots)
@@ -141,7 +91,7 @@ class Scheduler:
         """Drop all sequences of these rows, those that run included."""
         self.waiting = deque(s for s in self.waiting if s.request.key not in keys)
         for sequence in [s for s in self.running if s.request.key in keys]:
-            self.finish(sequence, failed=_amid_prompt(sequence))
+            self.finish(sequence, failed=sequence.amid_prompt)
         self._admissible = True
 
     def start_over(self, loads: Iterable[Load]) -> None:
@@ -160,6 +110,7 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[Chunk]) -> list[Load]:
         """Start waiting rows: what to load for them; they are added to `chunks`."""
         loads: list[Load] = []
+        self._choose_first()
         self._choose_weights()
         impatient = self._impatient
         budget = self._start(budget, chunks, loads, () if impatient else self.wanted, only_first=impatient)
@@ -175,23 +126,28 @@ class Scheduler:
         """Start every row that can be, or none if the first cannot: what is left of the budget."""
         passed: deque[Sequence] = deque()
         blocked: set[Mix] = set()
+        leaving: set[str] = set()
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
-            if sequence.weights == self.weights and sequence.request.mix not in blocked:
+            able = sequence.weights == self.weights and sequence.request.mix not in blocked
+            if able and not any(sequence.asks_for(adapter) for adapter in leaving):
                 # Cache room first: a load whose row then cannot start would evict for nothing.
                 place = self._reserve(sequence)
                 if place is None:
                     self.waiting.appendleft(sequence)
                     break
-                if self._take_slots(sequence, kept_adapters, loads):
+                urgent = sequence.request.urgent
+                if self._take_slots(sequence, () if urgent else kept_adapters, loads):
                     sequence.place = place
                     sequence.started = True
                     self.running.append(sequence)
-                    chunks.append(_chunk(sequence, budget))
+                    chunks.append(sequence.chunk(budget))
                     budget -= chunks[-1].size
                     continue
                 self.slabs.free(place)
                 blocked.add(sequence.request.mix)
+                if urgent and not leaving:
+                    leaving = self._leaving(sequence)
             passed.append(sequence)
             if only_first:
                 break
@@ -199,13 +155,22 @@ class Scheduler:
         self.waiting = passed
         return budget
 
+    def _choose_first(self) -> None:
+        """The first of the rows that are not urgent comes before those that are, once they have passed it over long."""
+        if not self.waiting:
+            return
+        first = next((s for s in self.waiting if not s.request.urgent), self.waiting[0])
+        if first is not self._first:
+            self._first, self._passed_over = first, 0
+        self._passed_over += 1
+        if first is not self.waiting[0] and self._passed_over > WEIGHTS_PATIENCE:
+            self.waiting.remove(first)
+            self.waiting.appendleft(first)
+
     def _choose_weights(self) -> None:
         """What is merged changes when nothing runs and no row that waits can use it, or the first has waited long."""
         if not self.waiting:
             return
-        if self.waiting[0] is not self._first:
-            self._first, self._passed_over = self.waiting[0], 0
-        self._passed_over += 1
         if not self.running and (self._impatient or all(s.weights != self.weights for s in self.waiting)):
             self.weights = self.waiting[0].weights
 
@@ -214,7 +179,20 @@ class Scheduler:
         """Whether the first waiting row has been passed over for long enough."""
         if not self.waiting:
             return False
+        if self.waiting[0].request.urgent:
+            return self.waiting[0].weights != self.weights
         return self._passed_over > (PATIENCE if self.waiting[0].weights == self.weights else WEIGHTS_PATIENCE)
+
+    def _leaving(self, sequence: Sequence) -> set[str]:
+        """The adapters that leave the soonest if no further row of theirs starts: as many as a sequence lacks."""
+        mix = [adapter for adapter, _ in sequence.request.mix]
+        left: dict[str, int] = {}
+        for one in self.running:
+            for adapter, _ in one.request.mix if one.slots else ():
+                left[adapter] = max(left.get(adapter, 0), one.longest - len(one.tokens))
+        able = [adapter for adapter in left if adapter not in mix and adapter not in self.slots.pinned]
+        lacking = sum(self.slots.slot(adapter) is None for adapter in mix)
+        return set(sorted(able, key=left.__getitem__)[:lacking])
 
     def _take_slots(self, sequence: Sequence, wanted: Container[str], loads: list[Load]) -> bool:
         """Give a sequence the slots of its mix, adding to `loads`; False when it can have none now."""
@@ -242,13 +220,24 @@ class Scheduler:
                 continue
             room = min(sequence.longest, 2 * place.capacity)
             while sequence.place is not None and not self.slabs.grow(place, room):
-                self._preempt(self.running.pop())
+                self._preempt(self.running.pop(self._youngest))
 
     def _preempt(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        self._release(sequence, wipe=wipe or _amid_prompt(sequence))
+        self._release(sequence, wipe=wipe or sequence.amid_prompt)
         sequence.computed = 0
-        self.waiting.appendleft(sequence)
+        self.waiting.insert(0 if sequence.request.urgent else self._urgent_waiting, sequence)
         self.preemptions += 1
+
+    @property
+    def _youngest(self) -> int:
+        """Which of the running ones gives way: its position."""
+        urgent = [sequence.request.urgent for sequence in self.running]
+        return len(urgent) - 1 - (urgent[::-1].index(False) if not all(urgent) else 0)
+
+    @property
+    def _urgent_waiting(self) -> int:
+        """How many of the first waiting ones are urgent."""
+        return sum(1 for _ in takewhile(lambda sequence: sequence.request.urgent, self.waiting))
 
     def _release(self, sequence: Sequence, *, wipe: bool) -> None:
         if sequence.place is not None:
@@ -259,13 +248,3 @@ class Scheduler:
                 self.slots.release(adapter)
         sequence.slots = ()
         self._admissible = True
-
-
-def _amid_prompt(sequence: Sequence) -> bool:
-    """Whether nothing was drawn yet that would have shown a NaN in what the cache has of it."""
-    return sequence.computed < len(sequence.request.prompt)
-
-
-def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    size = min(sequence.pending, budget)
-    return Chunk(sequence, sequence.computed, size, samples=size == sequence.pending)

@@ -10,6 +10,7 @@ from types import FrameType
 
 from loramill.schemas.failures import ExitCode
 from loramill.worker.housekeeping import Housekeeping
+from loramill.worker.lifeline import follow_lifeline
 from loramill.worker.node import Node, open_node
 from loramill.worker.worker_log import log
 from loramill.worker.worker_settings import WorkerOptions
@@ -59,7 +60,7 @@ class Crew:
 
     @property
     def _works(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
+        return any(thread.is_alive() for thread in self._threads) or not self._node.idle
 
     def _poll(self) -> None:
         while not self._node.drain.asked:
@@ -82,6 +83,7 @@ def serve(options: WorkerOptions) -> int:
     asked = _Asked()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
+    follow_lifeline()
     node = open_node(options)
     crew = Crew(node)
     crew.start()

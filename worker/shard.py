@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
 from loramill.schemas.request import Row
+from loramill.schemas.said import SaidChoice
 from loramill.store.records import DoneRow
+from loramill.worker.deltas import Telling
 from loramill.worker.forecast import Forecast
 from loramill.worker.request import Mix, Request, Result
 from loramill.worker.twins import Identity, Kept
@@ -47,6 +50,10 @@ class Job:
     seed: int = 0
     dedupe: bool = True
     """Whether rows of a shard that must come to the same answer are computed once."""
+    urgent: bool = False
+    """Its rows come before all that wait, and leave as they finish."""
+    stream: bool = False
+    """The answers of its one row are told while they are made."""
 
 
 def _never(mix: Mix) -> bool:
@@ -68,6 +75,11 @@ class Shard:
     """Numbers of rows that run last, one by one, each with nothing else in the engine."""
     on_start: Callable[[list[int], bool], None] | None = None
     """Told the numbers of rows right before the pass in which they first run, and whether nothing else does."""
+    tell: Callable[[list[SaidChoice]], None] | None = None
+    """Told more of the answers of a job that streams."""
+    telling: Telling | None = None
+    """While the row of such a job is in flight."""
+    told_at: float = -inf
     apart: deque[tuple[int, bytes]] = field(default_factory=deque)
     """Of the rows that were read, those that are to run alone."""
     finished: list[DoneRow] = field(default_factory=list)

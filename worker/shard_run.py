@@ -9,13 +9,14 @@ from typing import TypeVar
 from loramill.schemas.errors import LineError
 from loramill.schemas.request import parse_line
 from loramill.schemas.response import error_line
+from loramill.schemas.said import Said
 from loramill.store.contract import JobStore
 from loramill.store.errors import Fenced, JobNotFound, StoreError, StoreFull, StoreRefused, StoreUnreachable
 from loramill.store.packing import Chunk, unpack_shard
 from loramill.store.records import Claim, Committed, DoneRow, Lease, Verdict
 from loramill.worker.drain import Drain
 from loramill.worker.engine_process import EngineProcess
-from loramill.worker.handle import Died, Ended, Handle
+from loramill.worker.handle import Delta, Died, Ended, Handle
 from loramill.worker.leases import Held, Leases
 from loramill.worker.worker_log import log, log_seldom
 
@@ -85,11 +86,21 @@ class ShardRun:
                 case Chunk() as chunk:
                     if self._commit(chunk).shard_done:
                         return
+                case Delta() as delta:
+                    self._say(delta)
                 case Ended():
                     return self._release()
                 case Died() as died:
                     return self._blame(died, blob)
             self._heed(handle)
+
+    def _say(self, delta: Delta) -> None:
+        """Lets whoever listens know. What is not said now is in the result."""
+        said = Said(token=self._held.lease.token, choices=list(delta.choices))
+        try:
+            self._store.shelf.say(self._claim.lease.job, said.model_dump_json().encode())
+        except StoreError as error:
+            log_seldom(f"waiting for the store: {error}")
 
     def _heed(self, handle: Handle) -> None:
         if self._held.verdict is Verdict.FENCED:

@@ -14,6 +14,7 @@ from loramill.schemas.prompt import Prompter
 from loramill.schemas.prompters import Prompters
 from loramill.schemas.request import Row, parse_line
 from loramill.schemas.sampling import resolve_params
+from loramill.worker.deltas import Telling
 from loramill.worker.request import AdapterUnavailable, Request, Result, Sampling
 from loramill.worker.result_lines import ADAPTER_UNAVAILABLE, ENGINE_ERROR, answered, engine_failure, failed_row
 from loramill.worker.shard import InFlight
@@ -28,6 +29,7 @@ FEED_BYTES = 2**20  # bounds what a batch of long lines holds
 MAX_FOLLOWING = 16384
 """Rows that wait for the answer of another: at about a kilobyte each, more are not read."""
 EMIT_ROWS = 512
+TELL_EVERY_S = 0.05
 EMIT_EVERY_S = 0.2  # what a kill can cost; a commit's fsync is then below 5 % of the time even on a slow disk
 
 
@@ -45,6 +47,8 @@ class ShardRunner:
         self._next_key = 0
         self._lone: int | None = None
         """The key of the row that was last given the engine for itself."""
+        self._parked: list[int] = []
+        """The keys of rows that the engine has not while a question runs alone in it."""
         self._following = 0
         self._emitted_at = clock()
 
@@ -69,6 +73,7 @@ class ShardRunner:
         self._feed()
         for result in self._engine.step(self._starting) if self._engine.has_work else ():
             self._finish(result)
+        self._tell()
         self._emit_due()
 
     def cancel(self, shard: Shard, *, now: bool = False) -> None:
@@ -77,6 +82,7 @@ class ShardRunner:
         if shard in self._unread:
             self._read_no_more(shard)
         shard.apart.clear()
+        self._unpark()
         for key in self._engine.cancel_waiting():
             waiting = self._in_flight[key]
             if waiting.shard is shard:
@@ -92,16 +98,21 @@ class ShardRunner:
     def emit_all(self) -> None:
         """Emits every finished row, and lets go of the shards that are done."""
         for shard in list(self._shards):
-            if shard.finished:
-                finished, shard.finished = shard.finished, []
-                shard.emit(finished)
-            if not shard.in_flight and not shard.apart and shard not in self._unread:
-                self._shards.remove(shard)
+            self._emit(shard)
         self._emitted_at = self._clock()
+
+    def _emit(self, shard: Shard) -> None:
+        if shard.finished:
+            finished, shard.finished = shard.finished, []
+            shard.emit(finished)
+        if not shard.in_flight and not shard.apart and shard not in self._unread:
+            self._shards.remove(shard)
 
     def _feed(self) -> None:
         if self._feed_apart():
             return
+        self._unpark()
+        self._read_urgent()
         wanted = WAITING_PER_SEQ * self._engine.max_num_seqs
         # Below half, then up to the brim: rows are tokenized many at a time.
         if self._engine.num_waiting > wanted // 2 or self._following >= MAX_FOLLOWING:
@@ -111,32 +122,54 @@ class ShardRunner:
         while self._unread and room > 0 and self._engine.num_waiting < wanted:
             shard = self._unread[0]
             self._unread.rotate(-1)
-            batch = list(_batch(shard.rows))
-            room -= len(batch)
-            if not batch:
-                self._read_no_more(shard)
-                continue
-            if shard.forecast is not None:
-                shard.forecast.take(len(batch))
-            if shard.alone:
-                shard.apart.extend(row for row in batch if row[0] in shard.alone)
-                batch = [row for row in batch if row[0] not in shard.alone]
-            self._admit(shard, batch)
+            room -= self._read(shard)
+
+    def _read(self, shard: Shard) -> int:
+        """Takes some rows of a shard: how many there were."""
+        batch = list(_batch(shard.rows))
+        if not batch:
+            self._read_no_more(shard)
+            return 0
+        if shard.forecast is not None:
+            shard.forecast.take(len(batch))
+        common = [row for row in batch if row[0] not in shard.alone]
+        shard.apart.extend(row for row in batch if row[0] in shard.alone)
+        self._admit(shard, common)
+        return len(batch)
 
     def _feed_apart(self) -> bool:
         """Sees to the rows that run alone: whether one does, or waits for the engine to empty, so that no other starts.
 
-        All of a shard's go one after another: the engine empties once for them, and not for each."""
+        All of a shard's go one after another: the engine empties once for them, and not for each. Questions come before
+        the first of them, and have their turn between them."""
         if self._lone in self._in_flight:
             return True
-        ready = (s for s in self._shards if s.apart and not s.in_flight and s not in self._unread)
-        shard = next(ready, None)
-        if shard is None:
+        ready = [s for s in self._shards if s.apart and not s.in_flight and s not in self._unread]
+        if not ready:
             return False
-        if not self._in_flight:
+        shard = min(ready, key=lambda shard: not shard.job.urgent)
+        if shard.job.urgent and not self._parked:
+            self._parked = self._engine.cancel_waiting()  # somebody waits: what runs may finish, and no more
+        empties = any(not one.shard.job.urgent for key, one in self._in_flight.items() if key not in self._parked)
+        if (empties or self._lone is not None) and self._read_urgent():
+            self._lone = None
+        elif not self._engine.has_work:
             self._admit(shard, [shard.apart.popleft()])
             self._lone = self._next_key
         return True
+
+    def _read_urgent(self) -> bool:
+        """Takes the questions that there are: whether there was any."""
+        urgent = [shard for shard in self._unread if shard.job.urgent]
+        for shard in urgent:
+            while shard in self._unread:
+                self._read(shard)
+        return bool(urgent)
+
+    def _unpark(self) -> None:
+        parked, self._parked = self._parked, []
+        for key in parked:
+            self._engine.add(self._in_flight[key].request)
 
     def _starting(self, keys: Sequence[int]) -> None:
         """The engine is about to run these rows; one that gave way to others comes again."""
@@ -186,7 +219,7 @@ class ShardRunner:
                 shard.finished.append(failed_row(job.id, number, error))
             except ValueError as error:  # the engine's own refusal; only this row is in doubt
                 code = ADAPTER_UNAVAILABLE if isinstance(error, AdapterUnavailable) else ENGINE_ERROR
-                shard.finished.append(engine_failure(job.id, number, row, str(error), code=code))
+                shard.finished.append(engine_failure(job.id, number, row, uses, str(error), code=code))
 
     def _add(self, shard: Shard, number: int, row: Row, uses: Uses, request: Request, prompter: Prompter) -> None:
         """Gives the engine a row, unless it gets another's answer. Raises ValueError as the engine."""
@@ -222,7 +255,11 @@ class ShardRunner:
         self._next_key += 1
         mix = job.names.by_hash(uses)
         merged = bool(mix) and shard.merged(mix)
-        return Request(self._next_key, prompt, Sampling(**params), mix, merged, prompter.decode)
+        shard.telling = Telling(row, prompter) if job.stream else None
+        return Request(
+            self._next_key, prompt, Sampling(**params), mix, merged, prompter.decode,
+            urgent=job.urgent, follow=shard.telling.take if shard.telling else None,
+        )  # fmt: skip
 
     def _finish(self, result: Result) -> None:
         leader = self._forget(result.key)
@@ -231,7 +268,17 @@ class ShardRunner:
             shard.kept.put(leader.identity, result)
         shard.finished.extend(answered(one, result) for one in (leader, *leader.followers))
 
+    def _tell(self) -> None:
+        for shard in self._shards:
+            if shard.telling is None or shard.tell is None or self._clock() < shard.told_at + TELL_EVERY_S:
+                continue
+            if news := shard.telling.news():
+                shard.tell(news)
+                shard.told_at = self._clock()
+
     def _emit_due(self) -> None:
+        for shard in [shard for shard in self._shards if shard.job.urgent]:
+            self._emit(shard)
         if (
             self._clock() - self._emitted_at >= EMIT_EVERY_S
             or sum(len(shard.finished) for shard in self._shards) >= EMIT_ROWS

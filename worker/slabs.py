@@ -60,6 +60,11 @@ class Slabs:
     def __len__(self) -> int:
         return len(self._slabs)
 
+    @property
+    def reserved(self) -> int:
+        """Tokens of the places that are taken."""
+        return sum(len(slab.rows) * slab.capacity for slab in self._slabs)
+
     def allocate(self, tokens: int) -> Place | None:
         """Room for at least `tokens` tokens, or None when the cache is full."""
         capacity = self.capacity_for(tokens)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from loramill.worker.durations import seconds_of
 from loramill.worker.settings import DEVICE, MODEL_FLAGS, POSITIVE, ModelOptions, flag, settings_from
 
-LIFELINE = "LORAMILL_LIFELINE"
-"""Set by whoever starts a worker and wants it to end with himself: a file descriptor, of a pipe that he holds open."""
 AGAIN = 75
 """The exit code of a worker that should be started again (EX_TEMPFAIL)."""
 
@@ -47,21 +45,27 @@ STORE_FLAGS = [flag("--store", **_STORE), FILES, PREFIX]
 """Of commands, which say by themselves that a store is missing."""
 BROKER = flag("--broker", metavar="URL", help="Where tickets are.  [default: the store's Redis]")
 
-WORKER_FLAGS = [
-    flag("--store", required=True, **_STORE), FILES, PREFIX, BROKER,
+BASE_MODEL, *_MODEL_FLAGS = MODEL_FLAGS
+NODE_FLAGS = [
     flag("--concurrency", type=POSITIVE, default=4, help="Shards at a time in one engine."),
     flag("--lease", dest="lease_s", callback=seconds_of, default="30", metavar="TIME",
          help="Shards of a worker that is silent for so long go to others."),
     flag("--hang-timeout", dest="hang_timeout_s", callback=seconds_of, default="300", metavar="TIME",
          help="An engine that is busy for so long without a step is killed."),
+    flag("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|all",
+         help="Where to compute: cuda is a GPU that no other worker has, all is every such."),
+    *(one for one in _MODEL_FLAGS if one is not DEVICE),
+]  # fmt: skip
+"""How a worker does its work, with --base-model."""
+
+WORKER_FLAGS = [
+    flag("--store", required=True, **_STORE), FILES, PREFIX, BROKER,
     flag("--watchdog", dest="watchdog_s", callback=seconds_of, default="60", metavar="TIME",
          help="A worker that gets no ticket for so long while shards wait ends with code 75, to be started again."),
     flag("--until-empty", is_flag=True, help="End when no job has rows left."),
     flag("--id", dest="worker_id", metavar="NAME",
          help="What others know the worker by.  [default: host and process id]"),
-    flag("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|all",
-         help="Where to compute: cuda is a GPU that no other worker has, all is every such."),
-    *(one for one in MODEL_FLAGS if one is not DEVICE),
+    BASE_MODEL, *NODE_FLAGS,
 ]  # fmt: skip
 
 

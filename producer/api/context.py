@@ -61,6 +61,8 @@ class Limits:
     """Of a body that is no file."""
     retention_s: float | None = None
     """How long files are kept whose owner set no time; None is for ever."""
+    unpacked_bytes: int = 64 * GIB
+    """What a packed input may come to, on this machine's disk."""
 
 
 @dataclass(slots=True)

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loramill.producer.async_mill import AsyncMill
-    from loramill.producer.client import Producer
     from loramill.producer.mill import Mill
+    from loramill.producer.queue_api import Producer
 
 __version__ = "0.1.0"
 __all__ = ["AsyncMill", "Mill", "Producer", "__version__"]
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> object:
 
         return getattr(async_mill, name)
     if name == "Producer":
-        from loramill.producer import client
+        from loramill.producer import queue_api
 
-        return client.Producer
+        return queue_api.Producer
     raise AttributeError(f"module 'loramill' has no attribute {name!r}")

@@ -1,11 +1,14 @@
 #!lua
 local worker, manifest, lease_ms = ARGV[4], PREFIX .. ':manifest:' .. ARGV[5], ARGV[6]
 local head, per_adapter, look_on, affinity_ms = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local suffix = ARGV[11]
 local base, max_loras = unpack(call('HMGET', manifest, 'base', 'max_loras'))
 if not base then fail('NOMANIFEST') end
-local ready = PREFIX .. ':ready:' .. base
+local ready = PREFIX .. ':ready:' .. base .. suffix
+-- Asked again and again, and mostly there is nothing.
+if call('EXISTS', ready) == 0 then return false end
 local resident = {}
-for at = 11, #ARGV do resident[ARGV[at]] = true end
+for at = 12, #ARGV do resident[ARGV[at]] = true end
 
 -- What it is worth here that a shard needs these adapters; nil if they cannot be served. Many shards need the same.
 local worths = {}

@@ -1,14 +1,19 @@
 -- What every script begins with. ARGV: the prefix of the store's keys, the store's id, the time in ms where a test moves it,
 -- and then the command's own.
 --
--- PREFIX:store     hash: id, format, counter (tokens), published, jobs (numbers given), pending (rows)
--- PREFIX:jobs      every job by its number          PREFIX:staged, :windows, :ended   jobs by a time, in ms
+-- PREFIX:store     hash: id, format, pending (rows), expired (leases), and what was given so far: counter (tokens),
+--                  published, jobs (numbers), records (versions)
+-- PREFIX:jobs      every job of the bulk lane by its number
+-- PREFIX:staged, :windows, :ended, :answered (ended ones of the ask lane)   jobs by a time, in ms
 -- PREFIX:leased    shards by their deadline, in ms  PREFIX:ready:BASE[:ADAPTER]       shards by rank, in ms;
 --                                                  no ADAPTER after the colon: of the base alone
 -- PREFIX:bases     every base that had a shard      PREFIX:job:ID    hash            PREFIX:job:ID:events    list
+-- PREFIX:waiting:BASE   jobs that have a ready shard, by when they were accepted, in ms
+-- PREFIX:rows      hash: BASE to the rows of its ready shards that have no result
 -- PREFIX:job:ID:chunks   list                       PREFIX:job:ID:shard:N    hash    PREFIX:job:ID:input:N   string
 -- PREFIX:manifests, PREFIX:manifest:ID, PREFIX:manifest:ID:adapters    PREFIX:workers, PREFIX:seen    PREFIX:blob:SHA
 --
+-- BASE is that of the job's queue: `/ask` follows in the ask lane. What the shelf keeps is in `shelf/lib.lua`.
 -- A shard is named JOB/NUMBER, with zeros so that equals are in order. A staged job's shards say ready already: nobody
 -- sees them before they are in the ready sets.
 local call = redis.call
@@ -35,6 +40,11 @@ end
 
 local function status_of(job) return call('HGET', job_key(job), 'status') end
 
+-- Adds to one of a hash's sums, of which those that come to nothing are not kept.
+local function add(key, field, change)
+  if call('HINCRBY', key, field, 0 + change) == 0 then call('HDEL', key, field) end -- HINCRBY knows no -0
+end
+
 local function event(job, what)
   local number = call('HINCRBY', job_key(job), 'events', 1)
   call('RPUSH', job_key(job) .. ':events', cjson.encode({number, now, what}))
@@ -55,24 +65,47 @@ local function ready_sets(job, number)
   return sets
 end
 
-local function make_ready(job, number)
+-- So many shards more (or less) that wait, with so many rows that have no result.
+local function count_ready(job, shards, rows)
+  local base, accepted = unpack(call('HMGET', job_key(job), 'base', 'accepted'))
+  add(PREFIX .. ':rows', base, rows)
+  local waiting = call('HINCRBY', job_key(job), 'ready', shards)
+  if waiting == 0 then
+    call('ZREM', PREFIX .. ':waiting:' .. base, job)
+  elseif waiting == shards then
+    call('ZADD', PREFIX .. ':waiting:' .. base, accepted, job)
+  end
+end
+
+local function undone(job, number)
+  local had = call('HMGET', shard_key(job, number), 'rows', 'done')
+  return had[1] - had[2]
+end
+
+local function into_ready(job, number)
   call('HSET', shard_key(job, number), 'state', 'ready')
   local rank = call('HGET', job_key(job), 'rank')
   for _, set in ipairs(ready_sets(job, number)) do call('ZADD', set, rank, shard_name(job, number)) end
 end
 
+local function make_ready(job, number)
+  into_ready(job, number)
+  count_ready(job, 1, undone(job, number))
+end
+
 local function not_ready(job, number)
   for _, set in ipairs(ready_sets(job, number)) do call('ZREM', set, shard_name(job, number)) end
+  count_ready(job, -1, -undone(job, number))
 end
 
 local function end_job(job, status)
   local key = job_key(job)
-  local had = call('HMGET', key, 'accepted', 'total', 'completed', 'failed')
+  local had = call('HMGET', key, 'accepted', 'total', 'completed', 'failed', 'lane')
   if had[1] then call('HINCRBY', STORE, 'pending', had[3] + had[4] - had[2]) end
   call('HSET', key, 'status', status, 'ended', now)
   call('ZREM', PREFIX .. ':staged', job)
   call('ZREM', PREFIX .. ':windows', job)
-  call('ZADD', PREFIX .. ':ended', now, job)
+  call('ZADD', PREFIX .. (had[5] == 'bulk' and ':ended' or ':answered'), now, job)
   event(job, status)
 end
 
@@ -151,5 +184,5 @@ local function remove_job(job)
   local top = call('HGET', key, 'top')
   for number = 0, top - 1 do call('UNLINK', shard_key(job, number), key .. ':input:' .. number) end
   call('UNLINK', key, key .. ':chunks', key .. ':events')
-  for _, set in ipairs({'jobs', 'staged', 'windows', 'ended'}) do call('ZREM', PREFIX .. ':' .. set, job) end
+  for _, set in ipairs({'jobs', 'staged', 'windows', 'ended', 'answered'}) do call('ZREM', PREFIX .. ':' .. set, job) end
 end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
-local staging_ms, retention_ms, worker_ttl_ms, most = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local staging_ms, retention_ms, ask_retention_ms, worker_ttl_ms, most = unpack(ARGV, 4)
 local function due(set, time_ms)
   return call('ZRANGE', PREFIX .. ':' .. set, '-inf', time_ms, 'BYSCORE', 'LIMIT', 0, most)
 end
@@ -14,6 +14,7 @@ for _, name in ipairs(leases) do
   call('HINCRBY', shard_key(job, number), 'attempts', 1)
   give_back(job, number)
 end
+if #leases > 0 then call('HINCRBY', STORE, 'expired', #leases) end
 local abandoned = due('staged', now - staging_ms)
 for _, job in ipairs(abandoned) do remove_job(job) end
 for _, worker in ipairs(due('seen', '(' .. now - worker_ttl_ms)) do
@@ -21,4 +22,4 @@ for _, worker in ipairs(due('seen', '(' .. now - worker_ttl_ms)) do
   call('ZREM', PREFIX .. ':seen', worker)
 end
 -- Those past their retention are only named: their files go first, and then they.
-return {#leases, #expired, abandoned, due('ended', now - retention_ms)}
+return {#leases, #expired, abandoned, due('ended', now - retention_ms), due('answered', now - ask_retention_ms)}

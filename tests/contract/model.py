@@ -9,6 +9,7 @@ from loramill.schemas.job import JobError, JobSpec, JobStatus, Lane
 from loramill.schemas.manifest import Manifest
 from loramill.store.contract import (
     AFFINITY_S,
+    ASK_RETENTION_S,
     HEAD,
     LEASE_S,
     PER_ADAPTER,
@@ -21,6 +22,7 @@ from loramill.store.contract import (
 from loramill.store.errors import Fenced, JobNotFound, StoreError, StoreLost, StoreRefused
 from loramill.store.packing import Chunk
 from loramill.store.records import (
+    Backlog,
     Claim,
     Committed,
     Event,
@@ -34,6 +36,7 @@ from loramill.store.records import (
     Verdict,
     WorkerRecord,
 )
+from tests.contract.shelf_model import ShelfModel
 
 ENDING = {JobStatus.CANCELLING: JobStatus.CANCELLED, JobStatus.FINALIZING: JobStatus.EXPIRED}
 """The states of a job whose shards are only let go of -> what it comes to."""
@@ -95,7 +98,8 @@ class Model(JobStore):
         self._manifests: dict[str, Manifest] = {}
         self._workers: dict[str, tuple[int, WorkerRecord]] = {}
         self._blobs: dict[str, bytes] = {}
-        self._leases = 0
+        self._leases = self._expired = 0
+        self._shelf = ShelfModel(lambda: self._now)
 
     # Submitting.
 
@@ -147,9 +151,10 @@ class Model(JobStore):
         )  # fmt: skip
 
     def jobs(self, *, after: str | None = None, limit: int = 20) -> list[Job]:
-        newest = list(reversed(self._jobs))
+        newest = [job_id for job_id, job in reversed(self._jobs.items()) if job.spec.lane is Lane.BULK]
         if after is not None:
-            self._found(after)
+            if after not in newest:
+                raise JobNotFound(after)
             newest = newest[newest.index(after) + 1 :]
         return [self.job(job_id) for job_id in newest[:limit]]
 
@@ -200,7 +205,7 @@ class Model(JobStore):
         suiting = sorted(
             (job.rank, job.spec.id, shard.number, shard)
             for job in self._jobs.values()
-            if job.accepted_ms is not None and job.spec.base_id == serves.base_id
+            if job.accepted_ms is not None and job.spec.base_id == serves.base_id and job.spec.lane is lane
             for shard in job.shards.values()
             if shard.state is ShardState.READY
             and set(shard.adapters) <= keys
@@ -261,7 +266,7 @@ class Model(JobStore):
             if job.status is JobStatus.VALIDATING and self._now >= job.touched_ms + round(STAGING_S * 1000):
                 del self._jobs[job_id]
                 abandoned += 1
-            elif job.ended_ms is not None and self._now >= job.ended_ms + round(self._retention_s * 1000):
+            elif job.ended_ms is not None and self._now >= job.ended_ms + round(self._kept_s(job) * 1000):
                 del self._jobs[job_id]
                 purged += 1
             elif job.accepted_ms is not None:
@@ -275,15 +280,23 @@ class Model(JobStore):
                         leases += 1
                         shard.attempts += 1
                         self._give_back(job, shard)
+        self._expired += leases
         return Reaped(leases, expired, abandoned, purged)
 
     def ready(self) -> Mapping[str, int]:
-        counts: dict[str, int] = {}
+        return {base_id: waiting.shards for base_id, waiting in self.backlog().items()}
+
+    def backlog(self) -> Mapping[str, Backlog]:
+        found: dict[str, Backlog] = {}
         for job in self._jobs.values():
-            waiting = sum(shard.state is ShardState.READY for shard in job.shards.values())
-            if waiting:
-                counts[job.spec.base_id] = counts.get(job.spec.base_id, 0) + waiting
-        return counts
+            waiting = [shard for shard in job.shards.values() if shard.state is ShardState.READY]
+            if waiting and job.spec.lane is Lane.BULK:
+                assert job.accepted_ms is not None
+                had = found.get(job.spec.base_id, Backlog(0, 0, job.accepted_ms))
+                rows = sum(shard.rows - len(shard.done) for shard in waiting)
+                oldest_ms = min(had.oldest_ms, job.accepted_ms)
+                found[job.spec.base_id] = Backlog(had.shards + len(waiting), had.rows + rows, oldest_ms)
+        return found
 
     # Who serves what.
 
@@ -317,10 +330,14 @@ class Model(JobStore):
 
     # The store itself.
 
+    @property
+    def shelf(self) -> ShelfModel:
+        return self._shelf
+
     def info(self) -> StoreInfo:
         going = [job for job in self._jobs.values() if job.accepted_ms is not None and job.ended_ms is None]
         pending = sum(job.total - job.completed - job.failed for job in going)
-        return StoreInfo("model:", "model", "model", False, 0, None, pending)
+        return StoreInfo("model:", "model", "model", False, 0, None, pending, (), self._expired)
 
     def close(self) -> None:
         pass
@@ -335,6 +352,9 @@ class Model(JobStore):
     @property
     def _now(self) -> int:
         return round(self._clock() * 1000)
+
+    def _kept_s(self, job: _Job) -> float:
+        return self._retention_s if job.spec.lane is Lane.BULK else min(self._retention_s, ASK_RETENTION_S)
 
     def _found(self, job_id: str) -> _Job:
         if job_id not in self._jobs:

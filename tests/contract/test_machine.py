@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from loramill.schemas.job import JobError
+from loramill.schemas.job import JobError, Lane
 from loramill.store.contract import JobStore
 from loramill.store.errors import StoreError
 from loramill.store.records import Claim, DoneRow, Job, Lease, ShardInfo, Verdict
@@ -37,6 +38,7 @@ which = st.integers(0, 10**6)
 windows = st.sampled_from((None, None, None, 20.0, 3500.0, 20_000.0))
 sizes = st.sampled_from((1, 3, 9))
 needed = st.sets(st.sampled_from("abcd"), max_size=3)
+lanes = st.sampled_from((Lane.BULK, Lane.BULK, Lane.ASK))
 resident = st.sets(st.sampled_from("abcd")).map(sorted)
 
 
@@ -100,9 +102,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.both("publish", manifest)
         # Something to work on: most of what can go wrong goes wrong with leases.
         for shards in ([(9, {"a"}), (3, {"b"}), (1, set())], [(9, {"b", "c"}), (3, {"d"})]):
-            self.submit(shards, 0, None)
+            self.submit(shards, 0, None, Lane.BULK)
         for worker in range(len(MANIFESTS)):
-            self.claim(worker, [])
+            self.claim(worker, [], Lane.BULK)
 
     # Submitting.
 
@@ -110,19 +112,21 @@ class StoreMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         window_s=st.sampled_from((None, None, 20.0, 3500.0, 20_000.0)),
         other=st.just(0) | which,
+        lane=lanes,
     )
-    def stage(self, priority: int, window_s: float | None, other: int) -> None:
+    def stage(self, priority: int, window_s: float | None, other: int, lane: Lane) -> None:
         self.names.append(f"job-{len(self.names) * 7919 % 1000:03}")
         base = "another" if other == 9 else "tiny"
-        self.both("stage", a_spec(self.names[-1], base=base, priority=priority, window_s=window_s))
+        self.both("stage", a_spec(self.names[-1], base=base, priority=priority, window_s=window_s, lane=lane))
 
     @rule(
         shards=st.lists(st.tuples(sizes, needed), max_size=3),
         priority=st.integers(-1, 1),
         window_s=windows,
+        lane=lanes,
     )
-    def submit(self, shards: list[tuple[int, set[str]]], priority: int, window_s: float | None) -> None:
-        self.stage(priority, window_s, 0)
+    def submit(self, shards: list[tuple[int, set[str]]], priority: int, window_s: float | None, lane: Lane) -> None:
+        self.stage(priority, window_s, 0, lane)
         for number, (rows, adapters) in enumerate(shards):
             self.both("add_shard", self.names[-1], a_shard(number, rows, "".join(sorted(adapters))))
         self.both("accept", self.names[-1])
@@ -153,13 +157,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Working.
 
-    @rule(worker=st.integers(0, 1), resident=resident)
-    def claim(self, worker: int, resident: list[str]) -> None:
-        self.keep(*self.both("claim", f"worker-{worker}", MANIFESTS[worker].id, resident))
+    @rule(worker=st.integers(0, 1), resident=resident, lane=lanes)
+    def claim(self, worker: int, resident: list[str], lane: Lane) -> None:
+        self.keep(*self.both("claim", f"worker-{worker}", MANIFESTS[worker].id, resident, lane=lane))
 
-    @rule(worker=st.integers(0, 1))
-    def claim_again(self, worker: int) -> None:
-        self.claim(worker, [])
+    @rule(worker=st.integers(0, 1), lane=lanes)
+    def claim_again(self, worker: int, lane: Lane) -> None:
+        self.claim(worker, [], lane)
 
     @precondition(lambda self: self.leases)
     @rule(renew=st.booleans(), some=st.lists(which, max_size=4))
@@ -239,12 +243,15 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def alike(self) -> None:
         assert self.store.ready() == self.model.ready()
+        assert self.store.backlog() == self.model.backlog()
+        assert self.store.info().leases_expired == self.model.info().leases_expired
         assert self.store.workers() == self.model.workers()
         assert self.store.manifests() == self.model.manifests()
         assert [same(job) for job in self.store.jobs(limit=50)] == [same(job) for job in self.model.jobs(limit=50)]
         found = self.store.pulse([held.store for held in self.leases], renew=False)
         assert found == self.model.pulse([held.model for held in self.leases], renew=False)
-        going = self.model.jobs(limit=50)
+        found = [answer(partial(self.model.job, name)) for name in self.names]
+        going = [job for job in found if isinstance(job, Job)]
         for job in going:
             assert same(self.store.job(job.id)) == same(job)
             assert self.shards(self.store, job.id) == self.shards(self.model, job.id)

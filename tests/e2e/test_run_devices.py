@@ -19,14 +19,19 @@ from tests.e2e.conftest import Desk
 from tests.e2e.test_worker import alive, descendants
 from tests.worker.queueing import ENVIRONMENT, until
 
-# A child whose steps last; that it dies once, where it is told so.
+# A child whose steps last; that it dies once, where it is told so. Where a folder is there to meet in, none makes its
+# first step before two have rows.
 SLOW_CHILD = """
 import os, sys, time
 from pathlib import Path
 from loramill.worker import child
 from loramill.worker.engine import Engine
-step, dies = Engine.step, Path(sys.argv[1])
+step, dies, meet = Engine.step, Path(sys.argv[1]), Path(sys.argv[2])
 def slow(self, *given):
+    if meet.exists():
+        (meet / str(os.getpid())).touch()
+        while len(list(meet.iterdir())) < 2:
+            time.sleep(0.01)
     time.sleep(0.03)
     done = step(self, *given)
     if dies.exists():
@@ -62,6 +67,11 @@ class Devices(Desk):
         """An engine that sees this file dies."""
         return self.folder.parent / f"{self.folder.name}-dies"
 
+    @property
+    def meet(self) -> Path:
+        """If this folder is there, an engine that has rows waits until another has some too."""
+        return self.folder.parent / f"{self.folder.name}-meet"
+
     def arguments(self, *more: object, **instead: object) -> list[str]:
         return super().arguments(*more, **{"device": None, "devices": "cpu,cpu", **instead})
 
@@ -77,7 +87,7 @@ def desk(
     (tmp_path / "desk").mkdir()
     desk = Devices(tmp_path / "desk", tiny_base, tiny_adapters, capsys)
     (tmp_path / "slow_child.py").write_text(SLOW_CHILD)
-    monkeypatch.setenv(CHILD, f"{sys.executable} {tmp_path / 'slow_child.py'} {desk.dies}")
+    monkeypatch.setenv(CHILD, f"{sys.executable} {tmp_path / 'slow_child.py'} {desk.dies} {desk.meet}")
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return desk
@@ -128,6 +138,7 @@ def test_two_engines_come_to_what_one_does(desk: Devices, rows: Any, make_adapte
     assert one.code == 3, one.err
     expected, errors = answers(desk), desk.errors.read_text().count("\n")
 
+    desk.meet.mkdir()
     ended = desk.run("--on-invalid", "skip", "--json", "--overwrite", "--pin", "two")
     assert ended.code == 3, ended.err
     assert answers(desk) == expected

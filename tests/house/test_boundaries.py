@@ -25,15 +25,17 @@ QUEUE_SIDE = {
     f"loramill.worker.{name}"
     for name in (
         *("settings", "specs", "adapters_file", "registry", "hub", "base_files", "tokenizers", "models"),
-        *("shard_runner", "shard", "twins", "result_lines", "loading", "serving"),
+        *("shard_runner", "shard", "twins", "result_lines", "deltas", "loading", "serving", "express"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
-        *("worker_settings", "durations", "worker_log", "child", "engine_process", "handle", "manifest", "frames"),
+        *("worker_settings", "durations", "worker_log", "lifeline", "child", "engine_process", "handle", "manifest"),
+        *("frames", "adapters_wanted", "changes", "offered", "worker_stats"),
     )
 }
 WEB = {
     "fastapi",
     "starlette",
     "uvicorn",
+    "h11",
     "python_multipart",
     "jinja2",
     "prometheus_client",
@@ -60,6 +62,7 @@ ALLOWED = {
     "producer/run_engines.py": {"loramill.worker", "loramill.schemas"},
     "producer/run_devices.py": {"loramill.worker", "loramill.schemas", "loramill.store"},
     "producer/worker_command.py": {"loramill.worker", "loramill.schemas"},
+    "producer/embedded.py": {"loramill.worker.lifeline", "loramill.schemas"},
     "producer/mill.py": {"loramill.worker.models", *SETTINGS, "loramill.schemas", "loramill.store"},
     "producer/offers.py": {"loramill.worker.tokenizers", "loramill.schemas", "loramill.store"},
     "producer/served.py": {
@@ -72,7 +75,7 @@ ALLOWED = {
 
 # Only inside functions: whoever asks for --help or only validates must not wait for these.
 LAZY = {"producer": {"torch", "transformers"}, "the queue side": {"transformers"}}
-SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery", "kombu"}
+SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery", "kombu", "fastapi", "uvicorn"}
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
 PURE = (

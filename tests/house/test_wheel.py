@@ -27,15 +27,18 @@ def modules() -> set[str]:
     return {"loramill/__init__.py", *(f"loramill/{path.as_posix()}" for path in rooms)}
 
 
-def scripts() -> set[str]:
-    """What runs inside Redis, as its path in a wheel."""
-    return {f"loramill/{path.relative_to(REPO).as_posix()}" for path in (REPO / "store" / "lua").iterdir()}
+def data() -> set[str]:
+    """What runs inside Redis, and what the page is made of, as paths in a wheel."""
+    folders = (REPO / "store" / "lua", REPO / "producer" / "api" / "templates", REPO / "producer" / "api" / "static")
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {f"loramill/{path.relative_to(REPO).as_posix()}" for path in files}
 
 
 def shipped(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         assert "loramill/py.typed" in archive.namelist()
-        return {name: archive.read(name) for name in archive.namelist() if name.endswith((".py", ".lua"))}
+        kinds = (".py", ".lua", ".html", ".css", ".js")
+        return {name: archive.read(name) for name in archive.namelist() if name.endswith(kinds)}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def wheel(tree: Path) -> Path:
 
 def test_wheel_holds_every_module(wheel: Path) -> None:
     files = shipped(wheel)
-    assert set(files) == modules() | scripts()
+    assert set(files) == modules() | data()
     assert all(files[name] == (REPO / "src" / name).read_bytes() for name in files)
 
 

@@ -37,14 +37,14 @@ def manifest(*adapters: AdapterOffer, **other: Any) -> Manifest:
 
 
 class Place:
-    """A store in a file."""
+    """A store in a file, or another one."""
 
-    def __init__(self, folder: Path, *manifests: Manifest) -> None:
+    def __init__(self, folder: Path, *manifests: Manifest, store: JobStore | None = None) -> None:
         """`manifests` are published in this order."""
         self.folder = folder
         self.url = f"sqlite:///{folder / 'jobs.db'}"
         self.input = folder / "in.jsonl"
-        self.store: JobStore = SqliteStore(folder / "jobs.db")
+        self.store: JobStore = store or SqliteStore(folder / "jobs.db")
         for content in BLOBS.values():
             self.store.put_blob(content)
         for one in manifests:

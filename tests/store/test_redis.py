@@ -14,6 +14,7 @@ from loramill.schemas.job import JobStatus
 from loramill.store.errors import Fenced, StoreError, StoreFull, StoreLost, StoreRefused, StoreUnreachable
 from loramill.store.records import Claim, Committed, DoneRow, Lease, Reaped, ShardState, Verdict
 from loramill.store.redis_store import LOOK_ON, RedisStore
+from loramill.store.shelf import Record, Shelf
 from tests.contract.building import a_chunk, a_manifest, a_shard, a_spec, a_worker, claimed, rows_of, submitted
 from tests.servers import RedisServer
 
@@ -73,6 +74,7 @@ def test_a_token_is_never_given_twice_though_the_counter_is(
 
 
 LEASE = Lease("j", 0, 1, 1, 30.0)
+RECORD = Record("file", "f", "me", b"", 0, 1, 0, None)
 EVERYTHING: dict[str, Callable[[RedisStore], object]] = {
     "stage": lambda store: store.stage(a_spec("k")),
     "add_shard": lambda store: store.add_shard("j", a_shard()),
@@ -96,6 +98,7 @@ EVERYTHING: dict[str, Callable[[RedisStore], object]] = {
     "release": lambda store: store.release(LEASE),
     "reap": lambda store: store.reap(),
     "ready": lambda store: store.ready(),
+    "backlog": lambda store: store.backlog(),
     "publish": lambda store: store.publish(a_manifest()),
     "manifests": lambda store: store.manifests(),
     "hello": lambda store: store.hello(a_worker("w", a_manifest())),
@@ -105,6 +108,20 @@ EVERYTHING: dict[str, Callable[[RedisStore], object]] = {
     "get_blob": lambda store: store.get_blob("0"),
     "has_blob": lambda store: store.has_blob("0"),
     "info": lambda store: store.info(),
+    "shelf.put": lambda store: store.shelf.put("file", "f", "me", b"{}"),
+    "shelf.get": lambda store: store.shelf.get("file", "f"),
+    "shelf.replace": lambda store: store.shelf.replace(RECORD, b"{}"),
+    "shelf.remove": lambda store: store.shelf.remove("file", "f"),
+    "shelf.records": lambda store: store.shelf.records("file"),
+    "shelf.overdue": lambda store: store.shelf.overdue("file"),
+    "shelf.usage": lambda store: store.shelf.usage("file", "me"),
+    "shelf.put_piece": lambda store: store.shelf.put_piece("c", 0, b"x"),
+    "shelf.piece": lambda store: store.shelf.piece("c", 0),
+    "shelf.remove_content": lambda store: store.shelf.remove_content("c"),
+    "shelf.lock": lambda store: store.shelf.lock("l", "me", 9.0),
+    "shelf.unlock": lambda store: store.shelf.unlock("l", "me"),
+    "shelf.say": lambda store: store.shelf.say("c", b"x"),
+    "shelf.heard": lambda store: store.shelf.heard("c"),
 }
 
 
@@ -128,7 +145,8 @@ def test_a_server_that_forgot_everything_is_noticed_by_every_method(new_redis: C
 
 def test_every_method_is_in_that_list() -> None:
     public = {name for name in vars(RedisStore.__mro__[1]) if not name.startswith("_")}
-    assert public - set(EVERYTHING) == {"close", "read_shard_blob"}
+    assert public - set(EVERYTHING) == {"close", "read_shard_blob", "shelf"}
+    assert {f"shelf.{name}" for name in vars(Shelf) if not name.startswith("_")} <= set(EVERYTHING)
 
 
 # Full.
@@ -349,5 +367,5 @@ def test_rows_that_a_shard_does_not_have_are_refused(store: RedisStore) -> None:
 def test_another_format_is_refused_with_both(store: RedisStore, redis_server: RedisServer) -> None:
     prefix = store._link.prefix
     redis_server.cli("HSET", f"{prefix}:store", "format", 99)
-    with pytest.raises(StoreRefused, match="format 99, and this loramill uses format 1"):
+    with pytest.raises(StoreRefused, match="format 99, and this loramill uses format 2"):
         RedisStore(redis_server.url, prefix=prefix)

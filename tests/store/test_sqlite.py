@@ -90,7 +90,7 @@ def test_another_format_is_refused(path: Path) -> None:
     other = sqlite3.connect(path)
     other.execute("PRAGMA user_version = 7")
     other.close()
-    with pytest.raises(StoreRefused, match="its format is 7, and this loramill has 1"):
+    with pytest.raises(StoreRefused, match="its format is 7, and this loramill has 2"):
         SqliteStore(path)
 
 

@@ -16,7 +16,7 @@ from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache
 from loramill.worker.model import BaseInfo, Model
 from loramill.worker.request import Request, Sampling
-from loramill.worker.scheduler import Chunk, Sequence
+from loramill.worker.sequence import Chunk, Sequence
 from loramill.worker.slabs import Slabs
 
 PROMPT = [5, 9, 11, 40, 3, 96, 17]

@@ -18,7 +18,7 @@ from transformers.generation import (
 
 from loramill.worker.request import Request, Sampling
 from loramill.worker.sampling import draw
-from loramill.worker.scheduler import Sequence
+from loramill.worker.sequence import Sequence
 
 VOCAB, DRAWS = 600, 4000
 

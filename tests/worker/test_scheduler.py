@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from loramill.worker import scheduler as scheduler_module
 from loramill.worker.request import Mix, Request, Sampling, plain
-from loramill.worker.scheduler import Scheduler, Sequence, Step
+from loramill.worker.scheduler import Scheduler
+from loramill.worker.sequence import Sequence, Step
 from loramill.worker.slabs import Slabs
 from loramill.worker.slots import Eviction, Load, Slots
 
@@ -19,18 +20,20 @@ def sequence(key: int, prompt: int, answer: int, adapter: str | None = None) -> 
     return mixed(key, prompt, answer, plain(adapter))
 
 
-def mixed(key: int, prompt: int, answer: int, mix: Mix, *, merged: bool = False) -> Sequence:
-    return Sequence(Request(key, [7] * prompt, Sampling(max_tokens=answer), mix, merged), 0, [7] * prompt)
+def mixed(key: int, prompt: int, answer: int, mix: Mix, *, merged: bool = False, urgent: bool = False) -> Sequence:
+    request = Request(key, [7] * prompt, Sampling(max_tokens=answer), mix, merged, urgent=urgent)
+    return Sequence(request, 0, [7] * prompt)
 
 
 def scheduler(*, slots: int = 2, slabs: int = 4, tokens: int = 128, seqs: int = 4, budget: int = 16) -> Scheduler:
     return Scheduler(Slots(slots), Slabs(slabs, tokens), max_num_seqs=seqs, max_num_batched_tokens=budget)
 
 
-def run(plan: Scheduler) -> list[list[tuple[int, int, int]]]:
+def run(plan: Scheduler, before_each: Callable[[int], None] = lambda number: None) -> list[list[tuple[int, int, int]]]:
     """Play the engine's part; (key, start, size) of each pass."""
     passes = []
     while plan.waiting or plan.running:
+        before_each(len(passes))
         step = plan.schedule()
         assert step.chunks, "work left and nothing scheduled"
         assert sum(chunk.size for chunk in step.chunks) <= plan.max_num_batched_tokens
@@ -198,3 +201,71 @@ def test_a_job_sorted_by_adapter_loads_each_adapter_once(mix: list[tuple[int, in
     plan.slots.place = noted  # type: ignore[method-assign]
     run(plan)
     assert sorted(loaded) == sorted({adapter for _, _, adapter in mix if adapter})
+
+
+def first_pass(passes: list[list[tuple[int, int, int]]], key: int) -> int:
+    return next(number for number, chunks in enumerate(passes) if any(key == one for one, _, _ in chunks))
+
+
+@pytest.mark.parametrize(("adapter", "merged"), [(None, False), ("c", False), ("c", True)])
+def test_an_urgent_row_waits_for_no_more_than_what_runs(adapter: str | None, merged: bool) -> None:
+    """Before hundreds that wait, with all places and slots taken, or other weights merged."""
+    plan = scheduler(slots=2, seqs=4)
+    for key in range(200):
+        plan.add(sequence(key, 2, 4 + key % 7, "ab"[key // 5 % 2]))
+
+    def ask(number: int) -> None:
+        if number == 20:
+            plan.add(mixed(1000, 2, 3, plain(adapter), merged=merged, urgent=True))
+
+    passes = run(plan, ask)
+    assert 20 <= first_pass(passes, 1000) <= 20 + 11
+    if not merged:  # what runs beside it goes on, and places that come free meanwhile are filled
+        assert all(len(chunks) >= 3 for chunks in passes[20:100])
+
+
+@pytest.mark.parametrize(("adapter", "merged"), [(None, False), ("c", False), ("c", True)])
+def test_urgent_rows_do_not_keep_the_others_waiting_for_ever(adapter: str | None, merged: bool) -> None:
+    plan = scheduler(slots=2, seqs=2)
+
+    def ask(number: int) -> None:
+        if number < 1000:
+            plan.add(mixed(1000 + number, 2, 3, plain("a"), urgent=True))
+        if number == 10:
+            plan.add(mixed(1, 2, 3, plain(adapter), merged=merged))
+
+    plan.add(mixed(0, 2, 3, plain("a"), urgent=True))
+    assert first_pass(run(plan, ask), 1) < 200
+
+
+asked = st.tuples(st.integers(1, 30), st.integers(1, 30), mixes, st.booleans(), st.booleans(), st.integers(0, 60))
+
+
+@given(st.lists(asked, max_size=25), st.sampled_from(Eviction), st.integers(1, 4), st.sampled_from([2, 10**6]))
+def test_urgent_rows_come_first_and_every_row_is_computed_whole(
+    wanted: list[tuple[int, int, Mix, bool, bool, int]], eviction: Eviction, seqs: int, patience: int
+) -> None:
+    plan = Scheduler(Slots(3, eviction), Slabs(3, 128), max_num_seqs=seqs, max_num_batched_tokens=16)
+    added = [
+        mixed(key, prompt, answer, mix, merged=merged, urgent=urgent)
+        for key, (prompt, answer, mix, merged, urgent, _) in enumerate(wanted)
+    ]
+    late = sorted(zip((when for *_, when in wanted), added, strict=True), key=lambda one: one[0])
+    waited: list[Sequence] = []
+
+    def check(number: int) -> None:
+        while late and (late[0][0] <= number or not (plan.waiting or plan.running)):
+            plan.add(late.pop(0)[1])
+        if patience == 10**6:
+            still = {(one.request.mix, one.request.merged) for one in waited if one.request.urgent and not one.started}
+            begun = [one for one in waited if one.started and not one.request.urgent]
+            assert not [one for one in begun if (one.request.mix, one.request.merged) in still]
+        waited[:] = [one for one in plan.waiting if not one.started]
+
+    while late or plan.waiting or plan.running:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(scheduler_module, "WEIGHTS_PATIENCE", patience)
+            check(0)
+            run(plan, check)
+    assert all(one.generated == one.request.sampling.max_tokens for one in added)
+    assert not plan.slots._running

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import loramill
-from loramill.producer.client import Producer
+from loramill.producer.queue_api import Producer
 from loramill.schemas.job import JobStatus
 from loramill.store.contract import JobStore
 from loramill.store.errors import JobNotFound, StoreLost, StoreUnreachable
@@ -227,8 +227,8 @@ def test_submit_waits_while_too_many_rows_are_pending(place: Place) -> None:
 
 
 def test_a_store_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramill.producer.client.MOST_S", 0.01)
-    monkeypatch.setattr("loramill.producer.client.AWAY_S", 0.2)
+    monkeypatch.setattr("loramill.producer.queue_api.MOST_S", 0.01)
+    monkeypatch.setattr("loramill.producer.queue_api.AWAY_S", 0.2)
     job = place.submit(rows(6)).job
     away = 3
 

@@ -1,0 +1,2 @@
+#!lua flags=allow-oom
+call('UNLINK', PREFIX .. ':content:' .. ARGV[4])

@@ -1,0 +1,78 @@
+"""An answer in the making, and what a pass computes of several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loramill.kernels.mixes import Mix as SlotMix
+from loramill.worker.request import Mix, Request, TokenLogprob
+from loramill.worker.slabs import Place
+from loramill.worker.slots import Load
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: sample `index` of `request`."""
+
+    request: Request
+    index: int
+    tokens: list[int]
+    """Prompt and what was generated so far."""
+    computed: int = 0
+    """How many of `tokens` have their keys and values in the cache."""
+    slots: SlotMix = ()
+    """The slots of its mix while it runs, none if the mix is merged."""
+    place: Place | None = None
+    started: bool = False
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def weights(self) -> Mix:
+        """The mix that must be merged into the base's weights while this runs."""
+        return self.request.mix if self.request.merged else ()
+
+    @property
+    def amid_prompt(self) -> bool:
+        """Whether nothing was drawn yet that would have shown a NaN in what the cache has of it."""
+        return self.computed < len(self.request.prompt)
+
+    def asks_for(self, adapter: str) -> bool:
+        """Whether the adapter is in its mix."""
+        return any(adapter == member for member, _ in self.request.mix)
+
+    def chunk(self, budget: int) -> Chunk:
+        """What of it is computed next, of at most so many tokens."""
+        size = min(self.pending, budget)
+        return Chunk(self, self.computed, size, samples=size == self.pending)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the cache may have to hold (the last token is never computed)."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens - 1
+
+
+class Chunk(NamedTuple):
+    """`size` tokens of a sequence from position `start`; `samples`: it reaches the end, so a token is drawn."""
+
+    sequence: Sequence
+    start: int
+    size: int
+    samples: bool
+
+
+class Step(NamedTuple):
+    """One forward pass: see that `weights` is what is merged into the base, carry out `loads`, then compute `chunks`,
+    which are sorted by mix."""
+
+    weights: Mix
+    loads: list[Load]
+    chunks: list[Chunk]
