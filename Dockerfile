@@ -1,4 +1,4 @@
-# One image for the worker and for every command.
+# One image for the worker, the HTTP API and every command.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
@@ -18,7 +18,7 @@ COPY . .
 RUN pip install --no-cache-dir --constraint constraints.txt .
 
 # Nothing that it runs needs root; what it caches goes to the user's home.
-RUN useradd --create-home loramill && install -d -o loramill /jobs
+RUN useradd --create-home loramill && install -d -o loramill /jobs && install -d -o loramill -m 700 /keys
 USER loramill
 WORKDIR /jobs
 ENTRYPOINT ["loramill"]

@@ -50,7 +50,12 @@ class Application(FastAPI):
 
     def __init__(self, api: Api, hosts: Collection[str] | None) -> None:
         super().__init__(
-            title="loramill", version=loramill.__version__, responses=_ERRORS, docs_url=None, redoc_url=None
+            title="loramill",
+            version=loramill.__version__,
+            responses=_ERRORS,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
         )
         self.state.api = api
         self.hosts = hosts

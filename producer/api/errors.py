@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,7 @@ from loramill.store.errors import JobNotFound, StoreError, StoreFull, StoreUnrea
 from loramill.store.shelf import RecordNotFound
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 AWAY_RETRY_S = 2
 """After how long a client asks again when the store is away."""
 
@@ -103,7 +104,7 @@ def install(app: FastAPI) -> None:
 
     async def frameworks(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        code = _CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
+        code = CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
         headers = dict(error.headers or {})
         return ApiError(error.status_code, str(error.detail), code=code, headers=headers).response()
 
@@ -115,7 +116,9 @@ def install(app: FastAPI) -> None:
         return invalid(f"{name or 'the request'}: {first['msg']}", param=name).response()
 
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        # Where, and not what it says: that may hold what was in the request.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("%s %s failed: %s\n%s", request.method, request.url.path, type(error).__name__, where)
         return ApiError(500, "something went wrong here; the server's log says what", code="internal_error").response()
 
     app.add_exception_handler(ApiError, ours)

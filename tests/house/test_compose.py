@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from loramill.producer.cli import cli
+from loramill.producer.serve_options import options_of
 from tests.servers import RedisServer
 
 REPO = Path(__file__).parents[2]
@@ -57,9 +58,10 @@ def test_commands_are_ours(name: str) -> None:
     assert given <= {flag for option in command.params for flag in option.opts}
 
 
-def test_every_variable_is_a_worker_s_setting() -> None:
-    for name in OURS:
-        assert set(SERVICES[name]["environment"]) <= variables("worker")
+@pytest.mark.parametrize("name", OURS)
+def test_every_variable_is_a_setting(name: str) -> None:
+    command = "serve" if name == "api" else "worker"
+    assert set(SERVICES[name]["environment"]) <= variables(command)
 
 
 def test_the_worker_starts_with_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +72,21 @@ def test_the_worker_starts_with_these_settings(monkeypatch: pytest.MonkeyPatch) 
         command, *rest = arguments_of(SERVICES[name])
         with cli.commands[command].make_context(command, rest) as context:
             assert context.params["store"] == "redis://redis:6379/0"
+
+
+def test_the_api_starts_with_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address in there is everybody's, so it must have keys; only its port is open, and it says how it is."""
+    api = SERVICES["api"]
+    for variable, value in api["environment"].items():
+        monkeypatch.setenv(variable, value)
+    command, *rest = arguments_of(api)
+    with cli.commands[command].make_context(command, rest) as context:
+        options = options_of(context, dict(context.params))
+    assert (options.host, options.port, options.keys) == ("0.0.0.0", 8000, Path("/keys/keys.toml"))
+    assert api["ports"] == ["127.0.0.1:${LORAMILL_API_PORT:-8000}:8000"]
+    assert api["volumes"] == ["keys:/keys"] and "keys" in COMPOSE["volumes"]
+    compile(api["healthcheck"]["test"][-1], "healthcheck", "exec")
+    assert re.search(r"install -d -o loramill -m 700 /keys", (REPO / "Dockerfile").read_text())
 
 
 def test_the_example_is_where_the_models_are_mounted() -> None:

@@ -7,13 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import click
 import pytest
 
+from loramill.producer.api.app import make_app
+from loramill.producer.api.context import Api
+from loramill.producer.api.errors import CODES
 from loramill.producer.cli import cli
 from loramill.schemas.errors import ErrorCode
 from loramill.schemas.failures import ExitCode
@@ -22,6 +27,7 @@ from loramill.schemas.sampling import ChatBody, CompletionBody
 
 REPO = Path(__file__).parents[2]
 README = (REPO / "README.md").read_text()
+API = (REPO / "docs" / "api.md").read_text()
 FORMATS = (REPO / "docs" / "formats.md").read_text()
 PAGES = [path.relative_to(REPO).as_posix() for path in (*REPO.glob("*.md"), *REPO.glob("docs/*.md"))]
 
@@ -108,6 +114,21 @@ def test_error_codes_are_as_documented() -> None:
     assert listed == {*map(str, ErrorCode)} - {"empty_file", "too_many_tasks"} | {"engine_error"}
 
 
+def test_the_api_s_routes_are_as_documented() -> None:
+    routes = make_app(cast(Api, None)).openapi()["paths"]
+    listed = {path for cell, *_ in rows(section(API, "## Routes")) for path in re.findall(r"(/[\w/{}]*)[`,]", cell)}
+    assert listed == {*routes, "/"}
+
+
+def test_the_api_s_codes_are_as_documented() -> None:
+    listed = [code for _, codes in rows(section(API, "## Errors")) for code in re.findall(r"`(\w+)`", codes)]
+    assert len(listed) == len(set(listed))
+    text = "".join(path.read_text() for path in (REPO / "producer" / "api").glob("*.py"))
+    said = {*re.findall(r"""code(?:: str )?=\s?"(\w+)\"""", text), *CODES.values()}
+    said |= {f"{what.replace(' ', '_')}_not_found" for what in re.findall(r'not_found\("([\w ]+)"', text)}
+    assert {*listed} == said
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = REPO / page
@@ -129,11 +150,11 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 def test_python_examples_print_what_they_say(code: str, desk: Path) -> None:
     """Each example runs as it stands; the comment behind `print(...)` is its output, line by line."""
     said = re.findall(r"print\(.*\)  # (.*)", code)
-    worker = background_worker(desk) if "Producer" in code else nullcontext()
-    with worker:
+    with background_for(code, desk) as url:
+        code = code.replace("http://127.0.0.1:8000", url)
         done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=desk, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == said[0].split(", ")
+    assert done.stdout.splitlines() == [line for comment in said for line in comment.split(", ")]
 
 
 @pytest.fixture
@@ -151,19 +172,41 @@ def shown_command(begin: str) -> list[str]:
 
 
 @contextmanager
-def background_worker(folder: Path) -> Iterator[None]:
-    """The README's worker, without `--until-empty`."""
-    arguments = [word for word in shown_command("worker") if word != "--until-empty"]
+def background_for(code: str, folder: Path) -> Iterator[str]:
+    """What an example needs of the README's commands: a worker without `--until-empty`, or a server, at that URL."""
+    arguments: list[str] = []
+    if "Producer" in code:
+        arguments = [word for word in shown_command("worker") if word != "--until-empty"]
+    elif "8000" in code:
+        arguments = [*shown_command("serve"), "--port", "0"]
+    if not arguments:
+        yield ""
+        return
     command = [sys.executable, "-c", "from loramill.producer.cli import main; main()", *arguments]
-    environment = {**os.environ, "LORAMILL_STORE": "sqlite:///queue.db"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")}
+    if "Producer" in code:
+        environment["LORAMILL_STORE"] = "sqlite:///queue.db"
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        assert "ready" in process.stderr.readline()
-        yield
-    finally:
+        url = ""
+        for line in process.stderr:
+            url = line.rpartition("listening on ")[2].strip() if "listening on" in line else url
+            if "ready" in line:
+                break
+        else:
+            pytest.fail(f"it ended with {process.wait()}")
+        # What it goes on to say must be read, or it waits for somebody who does.
+        reader = threading.Thread(target=process.stderr.read, daemon=True)
+        reader.start()
+        yield url
         process.terminate()
-        process.communicate(timeout=30)
+        process.wait(60)
+        reader.join()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_the_queue_s_commands_in_the_readme_run(desk: Path) -> None:

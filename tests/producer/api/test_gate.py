@@ -51,11 +51,15 @@ class Live:
             time.sleep(0.01)
         self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self._client = httpx2.Client(timeout=DEADLINE_S)
 
     def ask(self, method: str, path: str, key: str | None = None, **more: Any) -> httpx2.Response:
         """By one of the keys."""
         headers = {**({"authorization": f"Bearer {self.tokens[key]}"} if key else {}), **more.pop("headers", {})}
-        return httpx2.request(method, self.url + path, headers=headers, timeout=DEADLINE_S, **more)
+        try:
+            return self._client.request(method, self.url + path, headers=headers, **more)
+        finally:
+            self._client.cookies.clear()  # each request has what the test gives it
 
     @contextmanager
     def connected(self) -> Iterator[socket.socket]:
@@ -64,6 +68,7 @@ class Live:
             yield made
 
     def close(self) -> None:
+        self._client.close()
         self.server.should_exit = True
         self._thread.join(DEADLINE_S)
         self.api.store.close()
@@ -241,11 +246,15 @@ def test_what_cannot_be_read_is_said_in_our_shape(open_: Live, sent: bytes) -> N
 def test_nobody_is_waited_for_for_ever(open_: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEADERS_S", 0.2)
     monkeypatch.setattr(bodies, "BODY_S", 0.2)
-    for beginning in (b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nGET /v1/fil"):
+    healthy = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    for before, beginning in ((b"", b""), (b"", healthy[:12]), (healthy, b"G")):
         with open_.connected() as made:
+            made.sendall(before)
+            answer = b""
+            while before and not answer.endswith(b'{"status":"ok"}'):
+                answer += made.recv(65536)
             made.sendall(beginning)
-            while made.recv(65536):
-                pass
+            assert made.recv(65536) == b""
     head = b"POST /v1/batches HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{"
     monkeypatch.setattr(bodies, "DRAIN_S", 0.2)
     with open_.connected() as made:
@@ -383,6 +392,20 @@ def test_what_is_written_down(closed: Live, caplog: pytest.LogCaptureFixture) ->
     ]  # fmt: skip
     assert [line.rpartition("=")[2] for line in lines] == ["ann", "bob", "-"]
     assert not any("secret" in line for line in lines)
+
+
+def test_what_nobody_foresaw_says_where_and_nothing_of_the_request(
+    closed: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise ValueError("secret")
+
+    closed.app.add_api_route("/v1/fails", fails)
+    answer = closed.ask("GET", "/v1/fails", "ann")
+    assert said(answer) == (500, "internal_error") and answer.headers["x-request-id"]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "ValueError" in record.message and "in fails" in record.message
+    assert "secret" not in record.getMessage().replace('raise ValueError("secret")', "")
 
 
 class Clock:
