@@ -169,10 +169,12 @@ class Book:
     def open(self) -> Iterator[Open]:
         """Those that have not ended, the oldest first."""
         after: str | None = None
-        while page := self._shelf.records(_OPEN, after=after, limit=_PAGE, oldest_first=True):
-            for record in page:
-                yield Open(record.id, record.data.decode() or None)
-            after = page[-1].id
+        # One that was put away between two pages hides those that follow: whoever looks again sees them.
+        with suppress(RecordNotFound):
+            while page := self._shelf.records(_OPEN, after=after, limit=_PAGE, oldest_first=True):
+                for record in page:
+                    yield Open(record.id, record.data.decode() or None)
+                after = page[-1].id
 
     def is_open(self, id: str) -> bool:
         """Whether it has not been put away."""

@@ -18,7 +18,7 @@ from loramill.producer.api.batch_book import Batch
 from loramill.producer.api.context import Api
 from loramill.producer.api.webhook_post import Endpoint, Refused, post
 from loramill.store.errors import StoreError
-from loramill.store.shelf import Record, RecordExists
+from loramill.store.shelf import Record, RecordExists, RecordNotFound
 
 AGAIN_S = (5, 30, 120, 600, 1800, 3600, 7200, 14400, 21600, 32400)
 """Until each further try; about a day in all."""
@@ -92,13 +92,17 @@ class Webhooks:
             _log.warning("webhook %s is given up: nobody took it", record.id)
             self._shelf.remove(_KIND, record.id)
         after: str | None = None
-        while page := self._shelf.records(_KIND, after=after, limit=_PAGE, oldest_first=True):
-            for record in page:
-                due = orjson.loads(record.data)["due_s"] <= time.time()
-                if due and record.owner not in self._owners and len(self._owners) < _WORKERS:
-                    self._owners.add(record.owner)
-                    self._pool.submit(self._send, record)
-            after = page[-1].id
+        with suppress(RecordNotFound):  # it was taken between two pages: the next look sees the others
+            while page := self._shelf.records(_KIND, after=after, limit=_PAGE, oldest_first=True):
+                for record in page:
+                    self._begin(record)
+                after = page[-1].id
+
+    def _begin(self, record: Record) -> None:
+        due = orjson.loads(record.data)["due_s"] <= time.time()
+        if due and record.owner not in self._owners and len(self._owners) < _WORKERS:
+            self._owners.add(record.owner)
+            self._pool.submit(self._send, record)
 
     def _send(self, record: Record) -> None:
         lock = f"webhook:{record.id}"

@@ -216,7 +216,8 @@ def test_addresses_that_are_public(address: str) -> None:
     ("url", "secret"),
     [
         ("ftp://x.test/", SECRET), ("https:///x", SECRET), ("https://me:pw@x.test/", SECRET),
-        ("http://x:port/", SECRET), ("https://x.test/", "secret"), ("https://x.test/", "whsec_!"), ("https://x.test/", "whsec_c2hvcnQ="),
+        ("http://x:port/", SECRET), ("https://x.test/", "secret"), ("https://x.test/", "whsec_!"),
+        ("https://x.test/", "whsec_c2hvcnQ="),
     ],
 )  # fmt: skip
 def test_endpoints_that_cannot_be(url: str, secret: str) -> None:
