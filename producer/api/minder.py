@@ -61,7 +61,8 @@ class Minder:
         self._book, self._steps = Book(api.shelf), Steps(api, on_end)
         self._busy: dict[str, _Held] = {}
         self._not_before: dict[str, float] = {}
-        self._strays: set[str] = set()
+        self._strays: dict[str, float] = {}
+        """When each was first seen."""
         self._closing, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="minder", daemon=True)
         # One more, for tidying.
@@ -139,7 +140,9 @@ class Minder:
         """In a thread of its own, with the batch's lock."""
         try:
             if self._book.is_open(id):  # or another server has ended it since the look
-                self._steps.advance(self._book.get(id), held)
+                batch = self._book.get(id)
+                self._strays.pop(id, None)
+                self._steps.advance(batch, held)
                 self.wake()
         except Lost:
             pass
@@ -166,12 +169,10 @@ class Minder:
 
     def _not_there(self, id: str) -> None:
         """An open batch without a record: its creation is under way, or a server died over that."""
-        if id in self._strays:
-            self._strays.discard(id)
+        now = time.monotonic()
+        if now - self._strays.setdefault(id, now) > _STRAY_S:
+            del self._strays[id]
             self._book.put_away(id)
-        else:
-            self._strays.add(id)
-            self._not_before[id] = time.monotonic() + _STRAY_S
 
     def _lock(self, id: str) -> bool:
         return self._api.shelf.lock(_lock_of(id), self._api.name, self._pace.lock_s)
