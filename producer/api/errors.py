@@ -111,7 +111,7 @@ def install(app: FastAPI) -> None:
     async def fields(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+        where = [str(part) for part in first["loc"][1:]]  # after whether it is in the body, the query, the path
         name = ".".join(where) or None
         return invalid(f"{name or 'the request'}: {first['msg']}", param=name).response()
 
