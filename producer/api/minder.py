@@ -14,6 +14,7 @@ from loramill.producer.api import idempotency
 from loramill.producer.api.batch_book import Batch, Book, Open
 from loramill.producer.api.batch_steps import Lost, Steps
 from loramill.producer.api.context import Api
+from loramill.producer.api.errors import place_of
 from loramill.producer.api.intake import NotYet
 from loramill.store.errors import JobNotFound, StoreError
 from loramill.store.shelf import RecordChanged, RecordNotFound
@@ -61,7 +62,7 @@ class Minder:
         self._book, self._steps = Book(api.shelf), Steps(api, on_end)
         self._busy: dict[str, _Held] = {}
         self._not_before: dict[str, float] = {}
-        self._strays: set[str] = set()
+        self._strays: dict[str, float] = {}
         self._closing, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="minder", daemon=True)
         # One more, for tidying.
@@ -97,8 +98,8 @@ class Minder:
             except StoreError as error:
                 _log.warning("batches wait: %s", error)
                 self._closing.wait(self._pace.again_s)
-            except Exception:
-                _log.exception("batches wait")
+            except Exception as error:
+                _log.error("batches wait: %s", place_of(error))
                 self._closing.wait(self._pace.again_s)
             self._wake.wait(self._pace.look_s)
             self._wake.clear()
@@ -139,7 +140,9 @@ class Minder:
         """In a thread of its own, with the batch's lock."""
         try:
             if self._book.is_open(id):  # or another server has ended it since the look
-                self._steps.advance(self._book.get(id), held)
+                batch = self._book.get(id)
+                self._strays.pop(id, None)
+                self._steps.advance(batch, held)
                 self.wake()
         except Lost:
             pass
@@ -153,9 +156,9 @@ class Minder:
         except (StoreError, OSError) as error:
             self._later(id)
             _log.warning("batch %s waits: %s", id, error)
-        except Exception:
+        except Exception as error:
             self._later(id)
-            _log.exception("batch %s waits", id)
+            _log.error("batch %s waits: %s", id, place_of(error))
         finally:
             with suppress(StoreError):
                 self._api.shelf.unlock(_lock_of(id), self._api.name)
@@ -166,12 +169,10 @@ class Minder:
 
     def _not_there(self, id: str) -> None:
         """An open batch without a record: its creation is under way, or a server died over that."""
-        if id in self._strays:
-            self._strays.discard(id)
+        now = time.monotonic()
+        if now - self._strays.setdefault(id, now) > _STRAY_S:
+            del self._strays[id]
             self._book.put_away(id)
-        else:
-            self._strays.add(id)
-            self._not_before[id] = time.monotonic() + _STRAY_S
 
     def _lock(self, id: str) -> bool:
         return self._api.shelf.lock(_lock_of(id), self._api.name, self._pace.lock_s)
@@ -189,8 +190,8 @@ class Minder:
             idempotency.tidy(self._api.shelf)
         except StoreError as error:
             _log.warning("tidying: %s", error)
-        except Exception:
-            _log.exception("tidying")
+        except Exception as error:
+            _log.error("tidying: %s", place_of(error))
         finally:
             self._tidying.release()
 
