@@ -125,8 +125,6 @@ class Webhooks:
             _log.info("webhook %s: %s", record.id, error)
         except Exception as error:
             _log.error("webhook %s: %s", record.id, place_of(error))
-        finally:
-            self._owners.discard(record.owner)
 
     def _deliver(self, record: Record) -> None:
         said: dict[str, Any] = orjson.loads(record.data)
