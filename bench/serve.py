@@ -70,20 +70,19 @@ def _measure(store_url: str, folder: Path, rows: Path, options: argparse.Namespa
         batches = _open_batches(store_url, url, folder)
         idle = server.memory_info().rss
         peak, cpu_s = idle, sum(server.cpu_times()[:2])
-        moves: dict[str, list[float]] = {"upload": [], "download": []}
-        moved: dict[str, Sequence[object]] = {"upload": [rows], "download": [file_id, rows.stat().st_size]}
+        loads: dict[str, Sequence[object]] = {
+            "upload": [rows], "download": [file_id, rows.stat().st_size], "poll": [options.clients, *batches],
+        }  # fmt: skip
         with ExitStack() as stack:
-            poller = stack.enter_context(_Load("poll", url, options.clients, options.seconds, *batches))
-            moving = {what: stack.enter_context(_Load(what, url, *given)) for what, given in moved.items()}
-            while poller.runs:
-                for what, given in moved.items():
-                    if not moving[what].runs:
-                        moves[what].append(moving[what].said())
-                        moving[what] = stack.enter_context(_Load(what, url, *given))
+            clients = {
+                what: stack.enter_context(_Load(what, url, options.seconds, *given)) for what, given in loads.items()
+            }
+            while any(client.runs for client in clients.values()):
                 peak = max(peak, server.memory_info().rss)
                 time.sleep(0.02)
-            looks = sorted(poller.said())
+            said = {what: client.said() for what, client in clients.items()}
             cpu_s = sum(server.cpu_times()[:2]) - cpu_s
+        looks = sorted(said["poll"])
     return {
         "started_rss_bytes": started,
         "idle_rss_bytes": idle,
@@ -93,8 +92,8 @@ def _measure(store_url: str, folder: Path, rows: Path, options: argparse.Namespa
         "median_s": median(looks),
         "p99_s": looks[int(len(looks) * 0.99)],
         "slowest_s": looks[-1],
-        "uploads_s": moves["upload"],
-        "downloads_s": moves["download"],
+        "uploads_s": said["upload"],
+        "downloads_s": said["download"],
     }
 
 
@@ -196,12 +195,14 @@ def _process(
 
 
 class _Load:
-    """Clients in a process of their own, killed if they are not done when they are left."""
+    """Clients in a process of their own, which is ready when this returns, and killed if it runs when this is left."""
 
     def __init__(self, *given: object) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this; a pipe would hold up who says much)
         command = [sys.executable, "-m", "bench.serve_load", *map(str, given)]
         self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=self._said)
+        while self.runs and not os.fstat(self._said.fileno()).st_size:
+            time.sleep(0.01)
 
     @property
     def runs(self) -> bool:

@@ -7,7 +7,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ def poll(url: str, clients: int, seconds: float, batches: Sequence[str]) -> list
 
 
 async def _poll(url: str, clients: int, seconds: float, batches: Sequence[str]) -> list[float]:
+    print(flush=True)  # ready
     places = random.Random(0)
     ends = time.monotonic() + seconds
     each = [_client(url, batches[n % len(batches)], places.random() * EVERY_S, ends) for n in range(clients)]
@@ -50,35 +51,46 @@ async def _client(url: str, batch: str, after_s: float, ends: float) -> list[flo
     return took
 
 
-def upload(url: str, path: Path) -> float:
-    """Seconds of an upload by OpenAI's client."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client, path.open("rb") as file:
+def upload(client: openai.OpenAI, path: Path) -> float:
+    """Seconds of an upload, which is forgotten again."""
+    with path.open("rb") as file:
         began = time.monotonic()
         made = client.files.create(file=file, purpose="batch")
         took = time.monotonic() - began
-        client.files.delete(made.id)
+    client.files.delete(made.id)
+    return took
+
+
+def download(client: openai.OpenAI, file_id: str, size: int) -> float:
+    """Seconds of a download, of which nothing is kept."""
+    began = time.monotonic()
+    with client.files.with_streaming_response.content(file_id) as answer:
+        came = sum(len(piece) for piece in answer.iter_bytes())
+    assert came == size, came
+    return time.monotonic() - began
+
+
+def move(url: str, seconds: float, once: Callable[[openai.OpenAI], float]) -> list[float]:
+    """How long each took, begun again until the time is up."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+        client.files.list(limit=1)
+        print(flush=True)  # ready
+        ends, took = time.monotonic() + seconds, list[float]()
+        while time.monotonic() < ends:
+            took.append(once(client))
         return took
 
 
-def download(url: str, file_id: str, size: int) -> float:
-    """Seconds of a download by OpenAI's client, which keeps nothing of it."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
-        began = time.monotonic()
-        with client.files.with_streaming_response.content(file_id) as answer:
-            came = sum(len(piece) for piece in answer.iter_bytes())
-        assert came == size, came
-        return time.monotonic() - began
-
-
 def main(arguments: Sequence[str]) -> None:
-    """`poll URL CLIENTS SECONDS BATCH...`, `upload URL PATH` or `download URL FILE BYTES`."""
-    what, url, *rest = arguments
+    """`poll URL SECONDS CLIENTS BATCH...`, `upload URL SECONDS PATH` or `download URL SECONDS FILE BYTES`."""
+    what, url, seconds, *rest = arguments
     if what == "poll":
-        print(json.dumps(poll(url, int(rest[0]), float(rest[1]), rest[2:])))
+        took = poll(url, int(rest[0]), float(seconds), rest[1:])
     elif what == "upload":
-        print(json.dumps(upload(url, Path(rest[0]))))
+        took = move(url, float(seconds), lambda client: upload(client, Path(rest[0])))
     else:
-        print(json.dumps(download(url, rest[0], int(rest[1]))))
+        took = move(url, float(seconds), lambda client: download(client, rest[0], int(rest[1])))
+    print(json.dumps(took))
 
 
 if __name__ == "__main__":
