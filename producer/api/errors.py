@@ -88,6 +88,12 @@ def of_store(error: StoreError) -> ApiError:
     return ApiError(503, "the store cannot be used", code="store_failed", headers={"x-should-retry": "false"})
 
 
+def place_of(error: BaseException) -> str:
+    """What to log of an error that nobody foresaw: where it was raised, and not what it says, which may hold what was
+    in a request or a row."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
+
+
 def install(app: FastAPI) -> None:
     """Has every error of `app` answered in OpenAI's shape."""
 
@@ -111,14 +117,12 @@ def install(app: FastAPI) -> None:
     async def fields(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+        where = [str(part) for part in first["loc"][1:]]  # after whether it is in the body, the query, the path
         name = ".".join(where) or None
         return invalid(f"{name or 'the request'}: {first['msg']}", param=name).response()
 
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        # Where, and not what it says: that may hold what was in the request.
-        where = "".join(traceback.format_tb(error.__traceback__))
-        _log.error("%s %s failed: %s\n%s", request.method, request.url.path, type(error).__name__, where)
+        _log.error("%s %s failed: %s", request.method, request.url.path, place_of(error))
         return ApiError(500, "something went wrong here; the server's log says what", code="internal_error").response()
 
     app.add_exception_handler(ApiError, ours)

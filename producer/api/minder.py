@@ -14,6 +14,7 @@ from loramill.producer.api import idempotency
 from loramill.producer.api.batch_book import Batch, Book, Open
 from loramill.producer.api.batch_steps import Lost, Steps
 from loramill.producer.api.context import Api
+from loramill.producer.api.errors import place_of
 from loramill.producer.api.intake import NotYet
 from loramill.store.errors import JobNotFound, StoreError
 from loramill.store.shelf import RecordChanged, RecordNotFound
@@ -98,8 +99,8 @@ class Minder:
             except StoreError as error:
                 _log.warning("batches wait: %s", error)
                 self._closing.wait(self._pace.again_s)
-            except Exception:
-                _log.exception("batches wait")
+            except Exception as error:
+                _log.error("batches wait: %s", place_of(error))
                 self._closing.wait(self._pace.again_s)
             self._wake.wait(self._pace.look_s)
             self._wake.clear()
@@ -156,9 +157,9 @@ class Minder:
         except (StoreError, OSError) as error:
             self._later(id)
             _log.warning("batch %s waits: %s", id, error)
-        except Exception:
+        except Exception as error:
             self._later(id)
-            _log.exception("batch %s waits", id)
+            _log.error("batch %s waits: %s", id, place_of(error))
         finally:
             with suppress(StoreError):
                 self._api.shelf.unlock(_lock_of(id), self._api.name)
@@ -190,8 +191,8 @@ class Minder:
             idempotency.tidy(self._api.shelf)
         except StoreError as error:
             _log.warning("tidying: %s", error)
-        except Exception:
-            _log.exception("tidying")
+        except Exception as error:
+            _log.error("tidying: %s", place_of(error))
         finally:
             self._tidying.release()
 

@@ -16,6 +16,7 @@ import orjson
 
 from loramill.producer.api.batch_book import Batch
 from loramill.producer.api.context import Api
+from loramill.producer.api.errors import place_of
 from loramill.producer.api.webhook_post import Endpoint, Refused, post
 from loramill.store.errors import StoreError
 from loramill.store.shelf import Record, RecordExists, RecordNotFound
@@ -84,8 +85,8 @@ class Webhooks:
                 self._look()
             except StoreError as error:
                 _log.warning("webhooks wait: %s", error)
-            except Exception:
-                _log.exception("webhooks wait")
+            except Exception as error:
+                _log.error("webhooks wait: %s", place_of(error))
 
     def _look(self) -> None:
         for record in self._shelf.overdue(_KIND):
@@ -122,8 +123,8 @@ class Webhooks:
                 self._shelf.unlock(lock, self._api.name)
         except StoreError as error:
             _log.info("webhook %s: %s", record.id, error)
-        except Exception:
-            _log.exception("webhook %s", record.id)
+        except Exception as error:
+            _log.error("webhook %s: %s", record.id, place_of(error))
 
     def _deliver(self, record: Record) -> None:
         said: dict[str, Any] = orjson.loads(record.data)

@@ -168,7 +168,7 @@ def test_who_goes_away_takes_the_question_back(client: openai.OpenAI, store: Job
     stream.close()
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.5).chat.completions.create(model="stub", **says(WORDS))
-    until(lambda: not node._express.running, 10)
+    until(lambda: not node._express.running, 60)
     assert all(job.status == "cancelled" for job in questions_in(store))
 
 

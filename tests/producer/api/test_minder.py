@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loramill.producer.api import batch_steps, intake
+from loramill.producer.api import batch_steps, intake, minder
 from loramill.producer.api.batch_book import Batch as Kept
 from loramill.producer.api.batch_book import BatchData, Book, new_batch_id
 from loramill.producer.api.contents import Contents, Writing
@@ -88,7 +88,9 @@ class Death:
 
 
 def dies(open_store: Callable[[], JobStore], death: Death) -> None:
-    """A server's minder in a process of its own, until that is killed where it was to be."""
+    """A server's minder in a process of its own, until that is killed where it was to be.
+
+    To be called without a server in this process: a fork that has threads beside it may inherit what they locked."""
     child = os.fork()
     if not child:
         try:
@@ -131,7 +133,7 @@ def test_a_server_that_is_killed_while_it_validates(
     rows = 1100
     with serving(place.store, minds=False) as server:
         batch = put(server, rows)
-        dies(open_store, VALIDATING[where])
+    dies(open_store, VALIDATING[where])
     with serving(place.store, name="heir") as server:
         running = until_status(server, batch.id, JobStatus.IN_PROGRESS)
         assert running.data.total == rows
@@ -151,7 +153,7 @@ def test_a_server_that_is_killed_while_it_finalizes(
         until_status(server, batch.id, JobStatus.IN_PROGRESS)
     with serving(place.store, minds=False) as server:
         server.answer(server.claim())
-        dies(open_store, FINALIZING[where])
+    dies(open_store, FINALIZING[where])
     with serving(place.store, name="heir", on_end=lambda one: ended.append(one.id)) as server:
         done = until_status(server, batch.id, JobStatus.COMPLETED)
         is_whole(server, done, rows)
@@ -176,6 +178,29 @@ def test_several_servers_see_to_each_batch_once(place: Place) -> None:
     assert sorted(ended) == sorted(made)
     assert len(Contents(place.store.shelf).list("", purpose="batch_output")[0]) == 12
     assert len(place.store.jobs(limit=100)) == 12
+
+
+def test_a_look_amid_a_creation_does_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is among the open ones a moment before it is there: its creator may have died between the two."""
+    seen, real, looked = threading.Event(), Book.get, list[str]()
+
+    def get(self: Book, id: str) -> Kept:
+        looked.append(id)
+        try:
+            return real(self, id)
+        finally:
+            seen.set()
+
+    monkeypatch.setattr(Book, "get", get)
+    with serving(place.store) as server:
+        kept = place.store.shelf.put("open-batch", "batch_late", "", b"")
+        assert seen.wait(60) and kept.id in looked
+        data = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "pending_rows": 99, "window_s": 3600}
+        Book(server.api.shelf).put("batch_late", "", BatchData(**data, input_file_id=server.upload(chats(2))))
+        assert server.work("batch_late").status == "completed"
+        monkeypatch.setattr(minder, "_STRAY_S", 0.2)
+        place.store.shelf.put("open-batch", "batch_never", "", b"")
+        until(lambda: not list(Book(server.api.shelf).open()))
 
 
 def test_who_was_taken_for_dead_spoils_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +327,24 @@ def test_a_store_that_was_full_is_tried_again(place: Place, monkeypatch: pytest.
         full[0] = False
         done = server.see(made.id)
         assert done.status == "completed" and len(server.lines(done.output_file_id)) == 5
+
+
+def test_what_nobody_foresaw_is_tried_again_and_tells_nothing_of_the_rows(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(*given: Any) -> Any:
+        raise ZeroDivisionError(prompt)
+
+    prompt = "nobody's business"
+
+    with serving(place.store) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(intake, "check", check)
+            made = server.create(chats(3))
+            until(lambda: "ZeroDivisionError" in caplog.text)
+            assert server.client().batches.retrieve(made.id).status == "validating"
+        assert server.work(made.id).status == "completed"
+    assert made.id in caplog.text and prompt not in caplog.text
 
 
 def test_results_that_are_gone_end_a_batch(place: Place) -> None:
