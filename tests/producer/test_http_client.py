@@ -143,12 +143,12 @@ def test_rows_as_they_are_awaited(server: Server) -> None:
 
 
 def test_rows_that_are_none(client: Any) -> None:
-    before = len(list(client.files()))
+    before = len(list(client.files("batch")))
     with pytest.raises(ValueError, match="row 1: it is no JSON object"):
         client.submit([{"prompt": "x"}, {"prompt": object()}])
     with pytest.raises(FileNotFoundError):
         client.submit("nowhere.jsonl")
-    assert len(list(client.files())) == before
+    assert len(list(client.files("batch"))) == before
 
 
 def test_results_come_as_they_finish_and_can_be_taken_up_again(client: Any) -> None:
@@ -197,10 +197,10 @@ def test_errors_of_the_server_have_all_that_it_says(client: Any) -> None:
 
 
 def test_a_create_that_is_refused_leaves_no_file(client: Any) -> None:
-    before = {file.id for file in client.files()}
+    before = {file.id for file in client.files("batch")}
     with pytest.raises(Refused):
         client.submit(rows(1), metadata={"": "x"})
-    assert {file.id for file in client.files()} == before
+    assert {file.id for file in client.files("batch")} == before
 
 
 def test_the_same_key_is_the_same_batch(client: Any) -> None:

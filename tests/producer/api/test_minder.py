@@ -387,20 +387,3 @@ def test_a_server_that_ends_lets_go_of_what_it_was_at(place: Place, monkeypatch:
 def _no_threads_stay() -> Iterator[None]:
     yield
     until(lambda: not [one for one in threading.enumerate() if one.name.startswith("minder")])
-
-
-def test_a_batch_that_is_looked_for_amid_its_creation_is_seen_to_at_once(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serving(place.store) as server:
-        minder, book = server.api.shared["minder"], Book(server.api.shelf)
-        stray, id = new_batch_id(), new_batch_id()
-        for begun in (stray, id):
-            server.api.shelf.put("open-batch", begun, "", b"")
-        until(lambda: {stray, id} <= set(minder._strays))
-        data = put(server, 3).data
-        book.put(id, "", data)
-        until_status(server, id, JobStatus.IN_PROGRESS)
-        monkeypatch.setattr("loramill.producer.api.minder._STRAY_S", 0.1)
-        until(lambda: not book.is_open(stray))
-        assert book.is_open(id)
