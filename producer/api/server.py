@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -34,6 +35,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def run_server(options: ServeOptions) -> ExitCode:
     """Serves until it is told to end; a second signal ends it at once. For the main thread. Raises Failure."""
+    _without_torch()
     with ExitStack() as stack:
         try:
             keys = Keys(options.keys)
@@ -145,6 +147,14 @@ def _written(host: str) -> str:
 
 def _url(host: str, listener: socket.socket) -> str:
     return f"http://{_written(host)}:{listener.getsockname()[1]}"
+
+
+def _without_torch() -> None:
+    """Of transformers a server needs the tokenizers, which do without torch. It would come with them if it could, and
+    take four seconds and 330 MB."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of just that
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _log_to_stderr() -> None:

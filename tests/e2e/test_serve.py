@@ -77,6 +77,9 @@ def test_one_command_and_everything_works(tmp_path: Path) -> None:
         family = offspring(server.process.pid)
         assert len(family) == 2  # the worker and its engine
         assert ask(server) == "ok:hello"
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "tokenizers" in maps
+        assert "libtorch" not in maps, "of its 330 MB a server needs none"
         assert (tmp_path / "loramill.db").exists()
         assert f"listening on http://127.0.0.1:{server.port}\n" in server.log
         assert server.stop() == ExitCode.OK
