@@ -297,7 +297,7 @@ def test_rows_that_failed_or_never_ran_are_retried(served: Served) -> None:
 def test_rows_as_they_finish(served: Served) -> None:
     made = served.create(chats(1200))
     url = f"{served.url}/v1/batches/{made.id}/results"
-    assert httpx2.get(url).json() == {"object": "list", "data": [], "next": 0, "has_more": True}
+    assert httpx2.get(url).json() == {"object": "list", "data": [], "rows": [], "next": 0, "has_more": True}
     served.see(made.id, "in_progress")
     claim = served.claim()
     served.answer(claim, range(10))
@@ -305,6 +305,7 @@ def test_rows_as_they_finish(served: Served) -> None:
     assert (len(first["data"]), first["next"], first["has_more"]) == (6, 6, True)
     rest = httpx2.get(url, params={"after": 6}).json()
     assert (len(rest["data"]), rest["next"], rest["has_more"]) == (4, 10, True)
+    assert [f"r{row}" for row in first["rows"]] == [one["custom_id"] for one in first["data"]]
     # Rows that come twice, in another chunk, count once.
     served.answer(claim, range(5, 15))
     more = httpx2.get(url, params={"after": 10}).json()
