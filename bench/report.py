@@ -2,8 +2,8 @@
 
 A document says where with a pair of markers, `<!-- bench:NAME -->` and `<!-- /bench -->`; what lies between is
 replaced. Of `make bench`, `summary` is one table and `results` every table with its job, hardware and versions; `gpu`
-is what `make gpu` measured, or that it has not yet; `simulation`, `modes`, `thousand` and `queue` are what the programs
-of these names in bench/ found. The plots of the kernels and of the simulation go beside the documents.
+is what `make gpu` measured, or that it has not yet; `simulation`, `modes`, `thousand`, `queue` and `serve` are what the
+programs of these names in bench/ found. The plots of the kernels and of the simulation go beside the documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, adapters_report, gpu_report, queue_report, simulation_report
+from bench import ROOT, adapters_report, gpu_report, queue_report, serve_report, simulation_report
 from bench.plot import plot
 
 RESULTS = ROOT / "bench" / "results"
@@ -47,6 +47,7 @@ _OTHERS = {
     "modes": adapters_report.modes,
     "thousand": adapters_report.thousand,
     "queue": queue_report.section,
+    "serve": serve_report.section,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from loramill.worker.request import Mix
 from loramill.worker.sequence import Chunk, Sequence, Step
@@ -29,9 +29,9 @@ class Scheduler:
     that needs other weights merged than are, is passed over. The weights change when no row runs. A running row always
     goes on; when the cache is full the youngest one starts over later, of those that are not urgent if there are any.
 
-    Urgent rows wait before the others. One without slots gets those that come free the soonest, which no other row that
-    needs their adapters prolongs; for one that needs other weights no row starts. The first row that is not urgent has
-    its turn after WEIGHTS_PATIENCE passes all the same.
+    Urgent rows wait before the others, and may have up to half of the places that are taken. One without slots gets
+    those that come free the soonest, which no other row that needs their adapters prolongs; for one that needs other
+    weights no row starts. The first row that is not urgent has its turn after WEIGHTS_PATIENCE passes all the same.
     """
 
     def __init__(self, slots: Slots, slabs: Slabs, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -64,6 +64,9 @@ class Scheduler:
     def schedule(self) -> Step:
         """Decide the next pass: every decode, then prompts under way, then new rows."""
         self._make_room()
+        if self._admissible:
+            self._choose_first()
+            self._make_way()
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         for decoding in (True, False):
@@ -110,7 +113,6 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[Chunk]) -> list[Load]:
         """Start waiting rows: what to load for them; they are added to `chunks`."""
         loads: list[Load] = []
-        self._choose_first()
         self._choose_weights()
         impatient = self._impatient
         budget = self._start(budget, chunks, loads, () if impatient else self.wanted, only_first=impatient)
@@ -140,6 +142,8 @@ class Scheduler:
                 if self._take_slots(sequence, () if urgent else kept_adapters, loads):
                     sequence.place = place
                     sequence.started = True
+                    if sequence is self._first:
+                        self._first = None
                     self.running.append(sequence)
                     chunks.append(sequence.chunk(budget))
                     budget -= chunks[-1].size
@@ -221,6 +225,23 @@ class Scheduler:
             room = min(sequence.longest, 2 * place.capacity)
             while sequence.place is not None and not self.slabs.grow(place, room):
                 self._preempt(self.running.pop(self._youngest))
+
+    def _make_way(self) -> None:
+        """Where every place is taken, the youngest rows give theirs to urgent ones that could start, up to half of all:
+        a place comes free by itself within a row's time, which may be a minute, and a row starts over within a pass."""
+        free = self.max_num_seqs - len(self.running)
+        urgent = sum(sequence.request.urgent for sequence in self.running)
+        for sequence in list(islice(self.waiting, self._urgent_waiting)):
+            if free <= 0:
+                adapters = [] if sequence.request.merged else [adapter for adapter, _ in sequence.request.mix]
+                can_start = sequence.weights == self.weights and self.slots.could_place(adapters)
+                if not can_start or 2 * urgent >= self.max_num_seqs:
+                    return
+                able = [at for at, one in enumerate(self.running) if not (one.request.urgent or one.amid_prompt)]
+                if not able:  # one that never got through its prompt would never get anywhere
+                    return
+                self._preempt(self.running.pop(able[-1]))
+            free, urgent = free - 1, urgent + 1
 
     def _preempt(self, sequence: Sequence, *, wipe: bool = False) -> None:
         self._release(sequence, wipe=wipe or sequence.amid_prompt)

@@ -51,6 +51,8 @@ class Slabs:
 
     def __init__(self, count: int, tokens: int) -> None:
         self.tokens = tokens
+        self.reserved = 0
+        """Tokens of the places that are taken."""
         self.moves: list[Move] = []
         self._slabs = [_Slab() for _ in range(count)]
         self._free = list(range(count - 1, -1, -1))
@@ -59,11 +61,6 @@ class Slabs:
 
     def __len__(self) -> int:
         return len(self._slabs)
-
-    @property
-    def reserved(self) -> int:
-        """Tokens of the places that are taken."""
-        return sum(len(slab.rows) * slab.capacity for slab in self._slabs)
 
     def allocate(self, tokens: int) -> Place | None:
         """Room for at least `tokens` tokens, or None when the cache is full."""
@@ -78,6 +75,7 @@ class Slabs:
         slab = self._slabs[index]
         place = Place(index, len(slab.rows), capacity)
         slab.rows.append(place)
+        self.reserved += capacity
         if len(slab.rows) == self.tokens // capacity:
             with_room.pop()
         return place
@@ -88,6 +86,7 @@ class Slabs:
         `wipe` what may be NaN: whoever has the room next would meet it under its mask.
         """
         slab = self._slabs[place.slab]
+        self.reserved -= slab.capacity
         if wipe:
             self.moves.append(Move(None, self.room(place), place.length))
         was_full = len(slab.rows) == self.tokens // slab.capacity

@@ -72,15 +72,17 @@ class Slots:
         """Whether these adapters can ever be resident together."""
         return len(self.pinned.union(adapters)) <= self.capacity
 
+    def could_place(self, adapters: Sequence[str]) -> bool:
+        """Whether `place` would make these adapters resident, whatever rows wait for."""
+        return self._leaving(adapters, (), self._short(adapters)) is not None
+
     def place(self, adapters: Sequence[str], wanted: Container[str] = ()) -> list[Load] | None:
         """Make these adapters resident together: what to load, or None when too many slots are in use.
 
         `wanted`: adapters that rows wait for.
         """
         missing = [a for a in adapters if a not in self._slot_of]
-        kept_free = len(self.pinned.difference(self._slot_of, adapters))
-        short = len(missing) + kept_free - len(self._free)
-        leaving = self._leaving(adapters, wanted, short) if short > 0 else []
+        leaving = self._leaving(adapters, wanted, self._short(adapters))
         if leaving is None:
             return None
         loads = []
@@ -115,8 +117,15 @@ class Slots:
             self._free.append(self._slot_of.pop(adapter))
             del self._came[adapter]
 
+    def _short(self, adapters: Sequence[str]) -> int:
+        """How many slots these adapters take beyond those that are free."""
+        missing = sum(adapter not in self._slot_of for adapter in adapters)
+        return missing + len(self.pinned.difference(self._slot_of, adapters)) - len(self._free)
+
     def _leaving(self, needed: Container[str], wanted: Container[str], count: int) -> list[str] | None:
         """The `count` that make room, or None when fewer may be evicted."""
+        if count <= 0:
+            return []
         order = self._came if self._eviction is Eviction.FIFO else self._slot_of
         by_plan = self._eviction is Eviction.PLAN
         idle = [

@@ -83,6 +83,7 @@ async def unless_gone(request: Request, waiting: Awaitable[_T]) -> _T:
     finally:
         gone.cancel()
         task.cancel()
+        await asyncio.wait({task, gone})  # a generator that runs cannot be closed
 
 
 async def _gone(request: Request) -> None:

@@ -88,19 +88,22 @@ class Api:
         return self.store.shelf
 
 
-def get_api(request: Request) -> Api:
+# These are `async` so that FastAPI asks them where it is, and not each in a thread, for which a request would wait.
+
+
+async def get_api(request: Request) -> Api:
     """The server that got the request."""
     return cast(Api, request.app.state.api)
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Who asks, as `gate.py` found out before anything else was done."""
     return cast(Caller, request.state.caller)
 
 
-def get_operator(request: Request) -> Caller:
+async def get_operator(request: Request) -> Caller:
     """Raises ApiError (403) for a caller that is none."""
-    caller = get_caller(request)
+    caller = await get_caller(request)
     if not caller.operator:
         raise ApiError(403, "only an operator's key may do that", code="operators_only")
     return caller

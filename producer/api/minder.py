@@ -63,6 +63,7 @@ class Minder:
         self._busy: dict[str, _Held] = {}
         self._not_before: dict[str, float] = {}
         self._strays: dict[str, float] = {}
+        """When each was first seen."""
         self._closing, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="minder", daemon=True)
         # One more, for tidying.

@@ -45,7 +45,8 @@ def retrieve_model(model: Annotated[str, Path(min_length=1)], api: ApiOf, caller
 
 
 def _known(names: Names) -> dict[str, None]:
-    others = (name for name in sorted([*names.adapters, *names.aliases]) if name not in names.hidden)
+    unusable = {name for name, named in names.adapters.items() if named.unusable is not None}
+    others = (name for name in sorted([*names.adapters, *names.aliases]) if name not in names.hidden | unusable)
     # An adapter may have the base's name, and is then what it means.
     return dict.fromkeys([names.base, *others])
 

@@ -7,16 +7,16 @@ from base64 import b64encode
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import loramill
 from loramill.producer.api import page_fleet, page_words
 from loramill.producer.api.chart import HEIGHT, WIDTH
-from loramill.producer.api.context import Api, ApiOf, CallerOf
+from loramill.producer.api.context import Api, ApiOf, Caller, CallerOf
 from loramill.producer.api.errors import ApiError, not_found, of_store
 from loramill.producer.api.page_reading import After, Reading
 from loramill.producer.api.throughput import throughput_of
@@ -86,28 +86,35 @@ def login_page(message: str | None = None) -> HTMLResponse:
     return HTMLResponse(html, 401, _HEADERS | {"content-security-policy": _POLICY.format(_SIGN_IN_STYLE)})
 
 
+def _after(job: str | None = None, batch: str | None = None) -> After:
+    return After(job or None, batch or None)
+
+
+AfterOf = Annotated[After, Depends(_after)]
+
+
 @router.get("/")
-def overview(api: ApiOf, caller: CallerOf, job: str | None = None, batch: str | None = None) -> HTMLResponse:
+def overview(api: ApiOf, caller: CallerOf, after: AfterOf) -> HTMLResponse:
     """Everything at a glance."""
-    return _answer("overview.html", api, caller, lambda: reading_of(api).overview(caller, After(job, batch)))
+    return _answer("overview.html", caller, lambda: reading_of(api).overview(caller, after))
 
 
 @router.get("/fragments/overview")
-def overview_fragment(api: ApiOf, caller: CallerOf, job: str | None = None, batch: str | None = None) -> HTMLResponse:
+def overview_fragment(api: ApiOf, caller: CallerOf, after: AfterOf) -> HTMLResponse:
     """What of it changes."""
-    return _answer("overview_parts.html", api, caller, lambda: reading_of(api).overview(caller, After(job, batch)))
+    return _answer("overview_parts.html", caller, lambda: reading_of(api).overview(caller, after))
 
 
 @router.get("/jobs/{id}")
 def job_page(id: str, api: ApiOf, caller: CallerOf) -> HTMLResponse:
     """One job."""
-    return _answer("job.html", api, caller, lambda: reading_of(api).detail(caller, id))
+    return _answer("job.html", caller, lambda: reading_of(api).detail(caller, id))
 
 
 @router.get("/fragments/jobs/{id}")
 def job_fragment(id: str, api: ApiOf, caller: CallerOf) -> HTMLResponse:
     """What of it changes."""
-    return _answer("job_parts.html", api, caller, lambda: reading_of(api).detail(caller, id))
+    return _answer("job_parts.html", caller, lambda: reading_of(api).detail(caller, id))
 
 
 @router.get("/static/{name}")
@@ -125,7 +132,7 @@ def static(name: str, request: Request) -> Response:
     return Response(content, headers=headers, media_type=kind)
 
 
-def _answer(template: str, api: Api, caller: Any, look: Callable[[], Any]) -> HTMLResponse:
+def _answer(template: str, caller: Caller, look: Callable[[], Any]) -> HTMLResponse:
     """A template of what `look` found; what went wrong as a page for people."""
     render = partial(_render, caller=caller, signed_in=bool(caller.name))
     try:

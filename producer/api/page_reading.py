@@ -72,6 +72,11 @@ class Detail:
     failed: Failed
     now_ms: float
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there will be more to see: the job's, or of why its rows failed."""
+        return self.view.is_open or (self.status is not None and self.failed.counted < self.view.failed)
+
 
 class Reading:
     """Reads one store for the pages of a server."""

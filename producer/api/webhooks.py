@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,18 +92,27 @@ class Webhooks:
         for record in self._shelf.overdue(_KIND):
             _log.warning("webhook %s is given up: nobody took it", record.id)
             self._shelf.remove(_KIND, record.id)
+        due: dict[str, list[Record]] = {}
         after: str | None = None
         with suppress(RecordNotFound):  # it was taken between two pages: the next look sees the others
             while page := self._shelf.records(_KIND, after=after, limit=_PAGE, oldest_first=True):
                 for record in page:
-                    self._begin(record)
+                    if orjson.loads(record.data)["due_s"] <= time.time():
+                        due.setdefault(record.owner, []).append(record)
                 after = page[-1].id
+        for owner, records in due.items():
+            if owner not in self._owners and len(self._owners) < _WORKERS:
+                self._owners.add(owner)
+                self._pool.submit(self._send_all, owner, records)
 
-    def _begin(self, record: Record) -> None:
-        due = orjson.loads(record.data)["due_s"] <= time.time()
-        if due and record.owner not in self._owners and len(self._owners) < _WORKERS:
-            self._owners.add(record.owner)
-            self._pool.submit(self._send, record)
+    def _send_all(self, owner: str, records: Sequence[Record]) -> None:
+        try:
+            for record in records:
+                if self._closing.is_set():
+                    return
+                self._send(record)
+        finally:
+            self._owners.discard(owner)
 
     def _send(self, record: Record) -> None:
         lock = f"webhook:{record.id}"
@@ -116,8 +125,6 @@ class Webhooks:
             _log.info("webhook %s: %s", record.id, error)
         except Exception as error:
             _log.error("webhook %s: %s", record.id, place_of(error))
-        finally:
-            self._owners.discard(record.owner)
 
     def _deliver(self, record: Record) -> None:
         said: dict[str, Any] = orjson.loads(record.data)

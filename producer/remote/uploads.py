@@ -13,6 +13,8 @@ from loramill.schemas.file_objects import FileObject, UploadObject, UploadPart
 
 PART_BYTES = 2**26
 """The most that OpenAI's API, and so the server, takes as one part."""
+COMPLETE_S = 3600.0
+"""For the server to read all parts once more, some gigabytes of them."""
 _READ_BYTES = 2**20
 
 
@@ -34,9 +36,9 @@ def upload(file: BinaryIO, filename: str, purpose: str, part_bytes: int, patienc
             reply = yield from asked(part, patience_s)
             parts.append(UploadPart.model_validate_json(reply.content).id)
         md5 = yield Do(lambda: _md5(file, size))
-        # Asked twice, what was completed already is refused: then it is looked at below.
-        complete = Call("POST", f"uploads/{begun.id}/complete", json={"part_ids": parts, "md5": md5})
-        reply = yield from asked(complete, patience_s)
+        # Asked again, it is answered the same.
+        path, wanted_parts = f"uploads/{begun.id}/complete", {"part_ids": parts, "md5": md5}
+        reply = yield from asked(Call("POST", path, json=wanted_parts, timeout_s=COMPLETE_S), patience_s)
     except ClientError:
         yield from _quietly(Call("POST", f"uploads/{begun.id}/cancel"))
         raise

@@ -58,7 +58,7 @@ def test_without_a_device_it_says_so_in_one_line(module: str, part: str) -> None
         "import bench.gpu, bench.kernels, bench.gpu_engine, bench.peers.vllm_kernels, bench.peers.sglang_kernels, "
         "loramill.kernels.on_device, loramill.kernels.tune",
         f"import pytest; sys.exit(pytest.main(['--collect-only', '-qq', '-W', 'default', '-p', 'no:cacheprovider', "
-        f"'-p', 'no:hypothesispytest', '--ignore=tests/kernels/test_aot.py', *{TESTS!r}]))",
+        f"'-p', 'no:hypothesispytest', '-p', 'no:schemathesis', '--ignore=tests/kernels/test_aot.py', *{TESTS!r}]))",
     ],
     ids=["parts", "tests"],
 )

@@ -112,3 +112,19 @@ def test_the_queue_says_what_a_row_costs() -> None:
     assert "| 4 workers, first commit to last | 25,000 | 52 µs, of which Redis 2 | |" in made
     assert "one process | 16,000 | 60 µs | |" in made
     assert "8 bytes a row of input and 64 of output (8 and 61 MiB a million rows)" in made
+
+
+def test_the_server_says_what_it_takes_and_who_else_was_there() -> None:
+    one = {
+        "started_rss_bytes": 80e6, "idle_rss_bytes": 300e6, "peak_rss_bytes": 350e6, "looks": 6000, "median_s": 0.005,
+        "p99_s": 0.1, "slowest_s": 0.25, "uploads_s": [4.0, 5.0, 8.0], "downloads_s": [], "others_cores": 0.04,
+    }  # fmt: skip
+    result = {
+        "part": "serve", "date": "2026-11-21", "command": "python -m bench.serve", "clients": 200, "file_bytes": 2e8,
+        "stores": {"sqlite": one, "redis": one}, "hardware": {"cores": 2, "cpu": "a CPU"},
+    }  # fmt: skip
+    made = render("<!-- bench:serve -->\n<!-- /bench -->\n", [result])
+    row = "80 MB | 300 MB | 350 MB | 5 ms | 100 ms | 250 ms | 40 MB/s | not done in time | 0.0 |"
+    assert f"| SQLite | {row}" in made
+    assert f"| Redis | {row}" in made
+    assert "6,000 and 6,000 looks" in made

@@ -24,6 +24,7 @@ from tests.worker.queueing import ENVIRONMENT
 
 MISSING = "chromium and chromedriver are not installed: install them (Debian: chromium, chromium-driver)"
 WAIT_S = 60.0
+TALL = 1700
 _T = TypeVar("_T")
 
 
@@ -155,9 +156,9 @@ class Browser:
         return found
 
     def picture(self, path: Path) -> None:
-        """The whole page."""
+        """The page, as far down as a document wants it."""
         width, height = self.js("return [innerWidth, document.documentElement.scrollHeight]")
-        frame = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        frame = {"width": width, "height": min(height, TALL), "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", frame)
         self.driver.save_screenshot(str(path))
 

@@ -28,7 +28,7 @@ QUEUE_SIDE = {
         *("shard_runner", "shard", "twins", "result_lines", "deltas", "loading", "serving", "express"),
         *("app", "tickets", "serve", "node", "housekeeping", "leases", "shard_run", "drain", "stopwatch", "devices"),
         *("worker_settings", "durations", "worker_log", "lifeline", "child", "engine_process", "handle", "manifest"),
-        *("frames", "changes", "offered", "adapters_wanted", "worker_stats"),
+        *("frames", "adapters_wanted", "changes", "offered", "worker_stats"),
     )
 }
 WEB = {

@@ -283,6 +283,14 @@ def test_the_counters_add_up(family: Callable[[str], Any], make_engine: Make, an
     assert stats.completion_tokens == 45
     assert (stats.adapter_loads, stats.adapter_evictions, stats.waves) == (3, 1, 2)
     assert (stats.running, stats.resident) == (0, 2)
+    assert sum(stats.step_times.counts) == stats.steps
+    assert stats.step_times.sum_s > 0
+    assert stats.batch_rows >= 45
+    assert stats.batch_places == stats.steps * engine.max_num_seqs == stats.steps * stats.places
+    assert (stats.kv_used, stats.kv_tokens > 0) == (0, True)
+    engine.add(rows[0])
+    engine.step()
+    assert 0 < engine.stats.kv_used <= engine.stats.kv_tokens
 
 
 def test_adapters_are_registered_and_forgotten(family: Callable[[str], Any], make_engine: Make, answer: Answer) -> None:

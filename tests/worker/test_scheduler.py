@@ -219,7 +219,7 @@ def test_an_urgent_row_waits_for_no_more_than_what_runs(adapter: str | None, mer
             plan.add(mixed(1000, 2, 3, plain(adapter), merged=merged, urgent=True))
 
     passes = run(plan, ask)
-    assert 20 <= first_pass(passes, 1000) <= 20 + 11
+    assert 20 <= first_pass(passes, 1000) <= 20 + (11 if adapter else 0)
     if not merged:  # what runs beside it goes on, and places that come free meanwhile are filled
         assert all(len(chunks) >= 3 for chunks in passes[20:100])
 

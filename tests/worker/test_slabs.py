@@ -67,6 +67,7 @@ def test_sequences_keep_their_tokens_through_frees_and_growth(seed: int, count: 
                     memory.append(owner, place)
             elif place.capacity < 200 and slabs.grow(place, place.capacity + 1):
                 assert place.length < place.capacity
+        assert slabs.reserved == sum(place.capacity for place in held.values())
         for owner, place in held.items():
             memory.check(owner, place)
             assert place in slabs.rows(place.slab)

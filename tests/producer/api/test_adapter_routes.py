@@ -67,7 +67,10 @@ def test_one_that_the_worker_was_started_with_goes_and_no_new_row_may_name_it(st
     row = parse_line(json.dumps({"id": "1", "adapter": "a03", "prompt": "x"}).encode())
     assert published(store, None).offer.names.resolve(row)
     with asking(store) as [client]:
+        assert client.get("/v1/models/a03").status_code == 200
         assert client.delete("/v1/adapters/a03").json()["deleted"]
+        until(lambda: client.get("/v1/models/a03").status_code == 404)
+        assert "a03" not in [one["id"] for one in client.get("/v1/models").json()["data"]]
         with pytest.raises(LineError, match="an operator has unloaded it"):
             published(store, None).offer.names.resolve(row)
         refused = client.post("/v1/adapters", json={"name": "a03"})

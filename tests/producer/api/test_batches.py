@@ -303,6 +303,7 @@ def test_rows_as_they_finish(served: Served) -> None:
     served.answer(claim, range(10))
     first = httpx2.get(url, params={"limit": 6}).json()
     assert (len(first["data"]), first["next"], first["has_more"]) == (6, 6, True)
+    assert [f"r{row}" for row in first["rows"]] == [one["custom_id"] for one in first["data"]]
     rest = httpx2.get(url, params={"after": 6}).json()
     assert (len(rest["data"]), rest["next"], rest["has_more"]) == (4, 10, True)
     assert [f"r{row}" for row in first["rows"]] == [one["custom_id"] for one in first["data"]]

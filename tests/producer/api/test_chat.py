@@ -252,6 +252,20 @@ def test_a_key_has_its_adapters_and_its_share(store: JobStore, node: Node, tmp_p
         openai.OpenAI(base_url=url, api_key="lm-other", max_retries=0).models.list()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_away_before_the_first_token(
+    stream: bool, patched: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        SqliteStore(tmp_path / "empty.db") as empty,
+        asked(empty) as url,
+        openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=0.5) as client,
+        pytest.raises(openai.APITimeoutError),
+    ):
+        client.completions.create(model="", prompt="x", stream=stream)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_without_a_worker_it_says_so(patched: pytest.MonkeyPatch, tmp_path: Path) -> None:
     patched.setattr("loramill.producer.questions.NOBODY_S", 1.0)
     with (

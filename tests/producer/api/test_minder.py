@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loramill.producer.api import batch_steps, intake, minder
+from loramill.producer.api import batch_steps, intake
 from loramill.producer.api.batch_book import Batch as Kept
 from loramill.producer.api.batch_book import BatchData, Book, new_batch_id
 from loramill.producer.api.contents import Contents, Writing
@@ -179,29 +179,6 @@ def test_several_servers_see_to_each_batch_once(place: Place) -> None:
     assert sorted(ended) == sorted(made)
     assert len(Contents(place.store.shelf).list("", purpose="batch_output")[0]) == 12
     assert len(place.store.jobs(limit=100)) == 12
-
-
-def test_a_look_amid_a_creation_does_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch is among the open ones a moment before it is there: its creator may have died between the two."""
-    seen, real, looked = threading.Event(), Book.get, list[str]()
-
-    def get(self: Book, id: str) -> Kept:
-        looked.append(id)
-        try:
-            return real(self, id)
-        finally:
-            seen.set()
-
-    monkeypatch.setattr(Book, "get", get)
-    with serving(place.store) as server:
-        kept = place.store.shelf.put("open-batch", "batch_late", "", b"")
-        assert seen.wait(60) and kept.id in looked
-        data = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "pending_rows": 99, "window_s": 3600}
-        Book(server.api.shelf).put("batch_late", "", BatchData(**data, input_file_id=server.upload(chats(2))))
-        assert server.work("batch_late").status == "completed"
-        monkeypatch.setattr(minder, "_STRAY_S", 0.2)
-        place.store.shelf.put("open-batch", "batch_never", "", b"")
-        until(lambda: not list(Book(server.api.shelf).open()))
 
 
 def _has(store: JobStore, job_id: str, status: JobStatus) -> bool:
@@ -398,3 +375,20 @@ def test_a_server_that_ends_lets_go_of_what_it_was_at(place: Place, monkeypatch:
 def _no_threads_stay() -> Iterator[None]:
     yield
     until(lambda: not [one for one in threading.enumerate() if one.name.startswith("minder")])
+
+
+def test_a_batch_that_is_looked_for_amid_its_creation_is_seen_to_at_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(place.store) as server:
+        minder, book = server.api.shared["minder"], Book(server.api.shelf)
+        stray, id = new_batch_id(), new_batch_id()
+        for begun in (stray, id):
+            server.api.shelf.put("open-batch", begun, "", b"")
+        until(lambda: {stray, id} <= set(minder._strays))
+        data = put(server, 3).data
+        book.put(id, "", data)
+        until_status(server, id, JobStatus.IN_PROGRESS)
+        monkeypatch.setattr("loramill.producer.api.minder._STRAY_S", 0.1)
+        until(lambda: not book.is_open(stray))
+        assert book.is_open(id)

@@ -97,6 +97,15 @@ def test_every_job_is_on_one_page_of_the_list(site: Site, monkeypatch: pytest.Mo
     assert [made.index(id) for id in found] == pytest.approx(range(19, -1, -1), abs=1)
 
 
+def test_a_key_s_own_list_goes_on_too(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_reading, "PAGE", 2)
+    made = [keyed.batch(owner).id for owner in ("ann", "bob", "ann", "ann")]
+    first = see(keyed, "/", "ann")
+    rest = see(keyed, str(first.all("a", id="older")[0]["href"]), "ann")
+    assert sorted([*first.jobs, *rest.jobs]) == sorted(id for at, id in enumerate(made) if at != 1)
+    assert len(rest.jobs) == 1 and not rest.all("a", id="older") and rest.all("a", id="newest")
+
+
 def test_a_list_whose_last_page_is_gone_begins_anew(site: Site) -> None:
     site.job("one", 4)
     assert see(site, "/?job=purged&batch=").jobs == ["one"]
