@@ -66,7 +66,12 @@ class Steps:
             return self._refuse(batch, refused.errors)
         except _Cancelled:
             return self._end(self._book.get(batch.id), JobStatus.CANCELLED)
-        self._begin(batch, done)
+        try:
+            self._begin(batch, done)
+        except RecordChanged:
+            if self._book.get(batch.id).job_id != done.job.id:
+                self._store.cancel(done.job.id)  # another server has submitted it too, and nobody would look at this
+            raise
         api = self._api
         if hindered := announce(done, self._store, api.store_url, prefix=api.prefix, broker=api.broker):
             _log.warning("batch %s: %s", batch.id, hindered)

@@ -306,6 +306,7 @@ def test_rows_as_they_finish(served: Served) -> None:
     assert [f"r{row}" for row in first["rows"]] == [one["custom_id"] for one in first["data"]]
     rest = httpx2.get(url, params={"after": 6}).json()
     assert (len(rest["data"]), rest["next"], rest["has_more"]) == (4, 10, True)
+    assert [f"r{row}" for row in first["rows"]] == [one["custom_id"] for one in first["data"]]
     # Rows that come twice, in another chunk, count once.
     served.answer(claim, range(5, 15))
     more = httpx2.get(url, params={"after": 10}).json()

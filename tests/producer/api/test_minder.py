@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loramill.producer.api import batch_steps, intake, minder
+from loramill.producer.api import batch_steps, intake
 from loramill.producer.api.batch_book import Batch as Kept
 from loramill.producer.api.batch_book import BatchData, Book, new_batch_id
 from loramill.producer.api.contents import Contents, Writing
@@ -161,13 +161,14 @@ def test_a_server_that_is_killed_while_it_finalizes(
 
 
 def test_several_servers_see_to_each_batch_once(place: Place) -> None:
-    ended = list[str]()
+    # Who is slow here is not taken for dead.
+    ended, unhurried = list[str](), replace(FAST, lock_s=60.0)
 
     def hear(batch: Kept) -> None:
         ended.append(batch.id)
 
-    with serving(place.store, on_end=hear) as one:
-        others = [Minder(Api(place.store, Keys(None), name=name), hear, FAST) for name in "abc"]
+    with serving(place.store, on_end=hear, pace=unhurried) as one:
+        others = [Minder(Api(place.store, Keys(None), name=name), hear, unhurried) for name in "abc"]
         for other in others:
             other.start()
         made = [put(one, 5).id for _ in range(12)]
@@ -180,43 +181,25 @@ def test_several_servers_see_to_each_batch_once(place: Place) -> None:
     assert len(place.store.jobs(limit=100)) == 12
 
 
-def test_a_look_amid_a_creation_does_no_harm(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch is among the open ones a moment before it is there: its creator may have died between the two."""
-    seen, real, looked = threading.Event(), Book.get, list[str]()
-
-    def get(self: Book, id: str) -> Kept:
-        looked.append(id)
-        try:
-            return real(self, id)
-        finally:
-            seen.set()
-
-    monkeypatch.setattr(Book, "get", get)
-    with serving(place.store) as server:
-        kept = place.store.shelf.put("open-batch", "batch_late", "", b"")
-        assert seen.wait(60) and kept.id in looked
-        data = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "pending_rows": 99, "window_s": 3600}
-        Book(server.api.shelf).put("batch_late", "", BatchData(**data, input_file_id=server.upload(chats(2))))
-        assert server.work("batch_late").status == "completed"
-        monkeypatch.setattr(minder, "_STRAY_S", 0.2)
-        place.store.shelf.put("open-batch", "batch_never", "", b"")
-        until(lambda: not list(Book(server.api.shelf).open()))
+def _has(store: JobStore, job_id: str, status: JobStatus) -> bool:
+    return any(job.id == job_id and job.status is status for job in store.jobs())
 
 
-def test_who_was_taken_for_dead_spoils_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server is stopped amid its shards for longer than its lock lasts, and goes on when another has done it all."""
+@pytest.mark.parametrize("where", ["stage", "add_shard", "accept"])
+def test_who_was_taken_for_dead_spoils_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A server is stopped for longer than its lock lasts, and goes on when another has submitted the batch."""
     with serving(place.store, minds=False) as server:
         batch = put(server, 1100)
         asleep, wake = threading.Event(), threading.Event()
         slow = SqliteStore(place.folder / "jobs.db")
-        real = slow.add_shard
+        real = getattr(slow, where)
 
-        def add_shard(*given: Any) -> None:
+        def late(*given: Any) -> Any:
             asleep.set()
             wake.wait(60)
-            real(*given)
+            return real(*given)
 
-        monkeypatch.setattr(slow, "add_shard", add_shard)
+        monkeypatch.setattr(slow, where, late)
         sleeper = Minder(Api(slow, Keys(None), name="sleeper"), pace=PATIENT)
         monkeypatch.setattr(sleeper, "_renew", lambda: None)
         sleeper.start()
@@ -224,11 +207,16 @@ def test_who_was_taken_for_dead_spoils_nothing(place: Place, monkeypatch: pytest
         with serving(place.store, name="heir") as heir:
             until_status(heir, batch.id, JobStatus.IN_PROGRESS)
             wake.set()
+            second = f"{batch.id}-2"
+            until(lambda: place.store.job(second).status, lambda status: status is JobStatus.IN_PROGRESS)
+            if where == "stage":
+                until(lambda: _has(place.store, batch.id, JobStatus.CANCELLED))
             heir.work(batch.id)
             is_whole(heir, Book(heir.api.shelf).get(batch.id), 1100)
+            # What the other one had accepted all the same is taken back.
+            until(lambda: [job.id for job in place.store.jobs() if job.status is not JobStatus.CANCELLED] == [second])
         sleeper.close()
         slow.close()
-    assert [job.id for job in place.store.jobs()] == [f"{batch.id}-2"]
 
 
 def test_who_was_taken_for_dead_publishes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
