@@ -21,12 +21,12 @@ class ErrorCode(StrEnum):
 
 
 class LineError(ValueError):
-    """One line cannot be run; the message says what to change."""
+    """One line cannot be run; the message says what to change, in one line, whatever names it has from there."""
 
     def __init__(self, code: str, message: str, param: str | None = None, custom_id: str | None = None) -> None:
-        super().__init__(message)
+        self.message = printable(message)
+        super().__init__(self.message)
         self.code = code
-        self.message = message
         self.param = param
         """The field, as a dotted path (`messages.0.content`); None when it is the line as a whole."""
         self.custom_id = custom_id

@@ -69,6 +69,7 @@ FIELDS = ["model", "prompt", "messages", "max_tokens", "n", "stop", "logit_bias"
     body=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), JSON, max_size=5),
     more=st.dictionaries(st.sampled_from(["custom_id", "method", "url", "id", "adapter", "prompt"]), JSON, max_size=3),
 )
+@example(body={"\n\x1b[2J": None}, more={})
 def test_any_json(body: object, more: dict[str, object]) -> None:
     line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body} | more)
     assert len(outcomes(line.encode())) == 1
