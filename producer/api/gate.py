@@ -61,6 +61,8 @@ class Gate:
         """`hosts`: names by which a server without keys may be called; None for any. `closing`: set when the server
         is to end."""
         self._app, self._api, self._hosts, self._closing = app, api, hosts, closing
+        # Now, and not in the thread of the first who asks for them: there are one server's, once.
+        self._metrics = metrics_of(api)
         self._sessions, self._rates = Sessions(api), Rates()
         self._at_once = 0
 
@@ -149,7 +151,7 @@ class Gate:
         """One line, with nothing that was in the request but its method; and the metrics."""
         took_s = time.monotonic() - passing.began_s
         status = passing.status or GONE
-        metrics_of(self._api).count(scope, status, took_s)
+        self._metrics.count(scope, status, took_s)
         if scope["path"] not in FREE:
             route, took_ms = getattr(scope.get("route"), "path", "-"), 1000 * took_s
             _access.info(
