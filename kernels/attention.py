@@ -38,7 +38,7 @@ class Pages:
 
 
 def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> None:
-    """Put k [T, kv_heads, key_dim] and v [T, kv_heads, value_dim] into the cache at `lines` [T] int64, each page * size +
+    """Put k [T, kv_heads, key_dim] and v [T, kv_heads, value_dim] at `lines` [T] int64 of the cache, each page * size +
     place."""
     size = keys.shape[2]
     page, place = lines // size, lines % size
