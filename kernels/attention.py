@@ -14,11 +14,14 @@ NaN. Paged attention: 2309.06180.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from loramill.kernels import native, native_forms
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,11 +38,21 @@ class Pages:
     """The most query rows that a sequence has."""
     longest: int
     """The largest of `lengths`, or more."""
+    _kept: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What a form makes of these numbers once for all layers."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
 
 def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> None:
     """Put k [T, kv_heads, key_dim] and v [T, kv_heads, value_dim] at `lines` [T] int64 of the cache, each page * size +
     place."""
+    if native.serves(keys, values, k, v):
+        native_forms.store_native(keys, values, k, v, lines)
+        return
     size = keys.shape[2]
     page, place = lines // size, lines % size
     keys[page, :, place] = k
@@ -58,7 +71,11 @@ def attend(
     softcap: float | None = None,
 ) -> None:
     """Write the attention of every query row to `out`; formula and shapes at the head of this module."""
-    attend_torch(out, q, keys, values, pages, scale=scale, window=window, softcap=softcap)
+    if native.serves(q, keys, values) and native_forms.attends(keys, values):
+        form = native_forms.attend_native
+    else:
+        form = attend_torch
+    form(out, q, keys, values, pages, scale=scale, window=window, softcap=softcap)
 
 
 def attend_torch(

@@ -1,0 +1,158 @@
+// Multi-LoRA over tiles of rows; the formula is in kernels/multi_lora.py.
+//
+// One task is a tile: it brings its rows down by each of its slots, and adds what comes up to y, rounding once. Weights lie
+// as registers take them: of A [K, columns], of B [rank, width] for each sibling, `step` numbers of the reduced dimension
+// side by side (2 where the processor multiplies pairs of bfloat16), so that a product is one load of weights, one number
+// or pair of the row spread over a vector, and no sum across lanes.
+#include <algorithm>
+#include <vector>
+
+#include "vec.h"
+
+namespace {
+
+template <class T>
+struct By {  // sum += weights * x, one vector of columns and one row
+    static constexpr int STEP = 1;
+    static inline F add(F sum, const T *weights, const T *x) { return sum + load(weights) * wide(*x); }
+};
+#ifdef HAS_DOT_BF16
+template <>
+struct By<bf16> {
+    static constexpr int STEP = 2;
+    static inline F add(F sum, const bf16 *weights, const bf16 *x) {
+        __m512bh pair = (__m512bh)_mm512_set1_epi32(raw<int>(x));
+        return (F)_mm512_dpbf16_ps((__m512)sum, raw<__m512bh>(weights), pair);
+    }
+};
+#endif
+
+// out[m][n] += the sum over k of x[m][k] weights[k][n]; `columns` lie between two steps of the weights.
+template <class T, int M, int N>
+inline void multiply(const T *x, int64_t x_row, const T *weights, int64_t columns, int k_size, F (*out)[N]) {
+    constexpr int STEP = By<T>::STEP;
+    for (int k = 0; k < k_size; k += STEP)
+        for (int n = 0; n < N; n++)
+            for (int m = 0; m < M; m++)
+                out[m][n] = By<T>::add(out[m][n], weights + k * columns + n * LANES * STEP, x + m * x_row + k);
+}
+
+// Calls `f` with the rows cut into pieces of 8, 4, 2 and 1.
+template <class Function>
+inline void by_rows(int rows, Function f) {
+    int row = 0;
+    for (; row + 8 <= rows; row += 8) f(row, std::integral_constant<int, 8>());
+    if (rows - row >= 4) f(row, std::integral_constant<int, 4>()), row += 4;
+    if (rows - row >= 2) f(row, std::integral_constant<int, 2>()), row += 2;
+    if (rows - row >= 1) f(row, std::integral_constant<int, 1>());
+}
+
+template <class T>
+struct Slot {
+    const T *a, *b;
+    int64_t columns;  // of A: the siblings' ranks, each to a multiple of `step`, together to one of LANES
+};
+
+template <class T, int M, int N>
+inline void shrink_block(const T *x, int64_t x_row, const Slot<T> &slot, int k_size, float weight, int column, T *v,
+                         int64_t v_row) {
+    F total[M][N] = {};
+    multiply<T, M, N>(x, x_row, slot.a + column * By<T>::STEP, slot.columns, k_size, total);
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(v + m * v_row + column + n * LANES, total[m][n] * weight);
+}
+
+template <class T>
+void shrink(const T *x, int64_t x_row, int rows, const Slot<T> &slot, int k_size, float weight, T *v, int64_t v_row) {
+    by_rows(rows, [&](int row, auto height) {
+        constexpr int M = decltype(height)::value;
+        const T *from = x + row * x_row;
+        T *to = v + row * v_row;
+        int column = 0;
+        for (; column + 3 * LANES <= slot.columns; column += 3 * LANES)
+            shrink_block<T, M, 3>(from, x_row, slot, k_size, weight, column, to, v_row);
+        for (; column < slot.columns; column += LANES)
+            shrink_block<T, M, 1>(from, x_row, slot, k_size, weight, column, to, v_row);
+    });
+}
+
+template <class T>
+struct Part {  // of a member: its columns of v and its B for one sibling
+    const T *v, *b;
+    int rank;
+};
+
+template <class T, int M, int N>
+inline void expand_block(T *y, int64_t y_row, const std::vector<Part<T>> &parts, int64_t v_row, int row, int width,
+                         int column) {
+    F total[M][N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) total[m][n] = load(y + m * y_row + n * LANES);
+    for (const Part<T> &part : parts)
+        multiply<T, M, N>(part.v + row * v_row, v_row, part.b + column * By<T>::STEP, width, part.rank, total);
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(y + m * y_row + n * LANES, total[m][n]);
+}
+
+template <class T>
+void expand(T *y, int64_t y_row, int rows, const std::vector<Part<T>> &parts, int64_t v_row, int width) {
+    int column = 0;
+    for (; column + 2 * LANES <= width; column += 2 * LANES)
+        by_rows(rows, [&](int row, auto height) {
+            expand_block<T, decltype(height)::value, 2>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
+        });
+    for (; column < width; column += LANES)
+        by_rows(rows, [&](int row, auto height) {
+            expand_block<T, decltype(height)::value, 1>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
+        });
+}
+
+struct Tile {
+    int32_t start, rows, first, members;  // rows of the batch; its members in the list of (slot, weight)
+};
+
+template <class T>
+void multi_lora(T *y, int64_t y_row, const T *x, int64_t x_row, int k_size, int siblings, const int32_t *widths,
+                const Slot<T> *slots, const int32_t *ranks, const Tile *tiles, int64_t count, const int32_t *member_slots,
+                const float *member_weights, int64_t most_columns, int height, int most_members) {
+#pragma omp parallel
+    {
+        std::vector<T> bridge(size_t(most_members) * height * most_columns);
+        std::vector<Part<T>> parts;
+#pragma omp for schedule(dynamic)
+        for (int64_t number = 0; number < count; number++) {
+            const Tile &tile = tiles[number];
+            for (int i = 0; i < tile.members; i++)
+                shrink(x + tile.start * x_row, x_row, tile.rows, slots[member_slots[tile.first + i]], k_size,
+                       member_weights[tile.first + i], bridge.data() + size_t(i) * height * most_columns, most_columns);
+            std::vector<int64_t> v_at(tile.members, 0), b_at(tile.members, 0);
+            T *out = y + tile.start * y_row;
+            for (int s = 0; s < siblings; out += widths[s++]) {
+                parts.clear();
+                for (int i = 0; i < tile.members; i++) {
+                    int slot = member_slots[tile.first + i], rank = ranks[slot * siblings + s];
+                    const T *v = bridge.data() + size_t(i) * height * most_columns + v_at[i];
+                    if (rank) parts.push_back({v, slots[slot].b + b_at[i], rank});
+                    v_at[i] += rank, b_at[i] += int64_t(rank) * widths[s];
+                }
+                if (!parts.empty()) expand(out, y_row, tile.rows, parts, most_columns, widths[s]);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT(T, name)                                                                                               \
+    extern "C" int multi_lora_step_##name() { return By<T>::STEP; }                                                    \
+    extern "C" void multi_lora_##name(T *y, int64_t y_row, const T *x, int64_t x_row, int k_size, int siblings,        \
+                                      const int32_t *widths, const Slot<T> *slots, const int32_t *ranks,               \
+                                      const Tile *tiles, int64_t count, const int32_t *member_slots,                   \
+                                      const float *member_weights, int64_t most_columns, int height,                   \
+                                      int most_members) {                                                              \
+        multi_lora(y, y_row, x, x_row, k_size, siblings, widths, slots, ranks, tiles, count, member_slots,             \
+                   member_weights, most_columns, height, most_members);                                                \
+    }
+
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)

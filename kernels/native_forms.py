@@ -1,0 +1,110 @@
+"""The native forms of `attention` and `layer`: their tensors checked and handed over. For CPU tensors of DTYPES."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loramill.kernels.native import LANES, function
+
+if TYPE_CHECKING:
+    from loramill.kernels.attention import Pages
+
+ROWS_OF_TASK = 16
+"""Query rows that one task takes: with their keys read once for four of them. One row each in a decoding pass."""
+
+
+def store_native(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> None:
+    """`attention.store`."""
+    k, v = _heads(k), _heads(v)
+    function("store", keys.dtype)(
+        *(k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1)),
+        *(keys.data_ptr(), values.data_ptr(), lines.data_ptr(), k.shape[0]),
+        *(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2]),
+    )
+
+
+def attends(keys: Tensor, values: Tensor) -> bool:
+    """Whether sizes are whole vectors."""
+    return not (keys.shape[2] % LANES or keys.shape[3] % LANES or values.shape[3] % LANES)
+
+
+def attend_native(
+    out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Pages,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """`attention.attend`."""
+    q = _heads(q)
+    height = min(ROWS_OF_TASK, pages.longest_query)
+    tasks = pages.kept("tasks", lambda: _tasks(pages, height))
+    function("attend", q.dtype)(
+        *(out.data_ptr(), q.data_ptr(), q.stride(0), q.stride(1), keys.data_ptr(), values.data_ptr()),
+        *(pages.starts.data_ptr(), pages.lengths.data_ptr(), pages.tables.data_ptr(), pages.tables.stride(0)),
+        *(len(pages.lengths), pages.longest, q.shape[1], keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2]),
+        *(window or 0, scale, softcap or 0.0, tasks.data_ptr(), len(tasks), height),
+    )
+
+
+def _tasks(pages: Pages, height: int) -> Tensor:
+    """[tasks, 2] int32: a sequence, and the first of at most `height` query rows of it."""
+    starts = pages.starts.long()
+    cuts = (starts[1:] - starts[:-1] + height - 1) // height
+    sequence = torch.repeat_interleave(torch.arange(len(cuts)), cuts)
+    number = torch.arange(len(sequence)) - (torch.cumsum(cuts, 0) - cuts)[sequence]
+    return torch.stack([sequence, starts[sequence] + number * height], 1).int()
+
+
+def add_rms_norm_native(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`layer.add_rms_norm`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    s = x if residual is None else torch.empty_like(x)
+    given = None if residual is None else residual.contiguous().data_ptr()
+    function("add_rms_norm", x.dtype)(
+        x.data_ptr(), given, weight.data_ptr(), eps, y.data_ptr(), s.data_ptr(), x.shape[0], x.shape[1]
+    )
+    return y, s
+
+
+def rope_store_native(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lines: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+) -> Tensor:
+    """`layer.rope_store`."""
+    kv_heads, size, dim = keys.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q = qkv.new_empty(qkv.shape[0], heads, dim)
+    weights = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+    function("rope_store", qkv.dtype)(
+        *(qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), *weights, eps, q.data_ptr()),
+        *(keys.data_ptr(), values.data_ptr(), lines.data_ptr(), qkv.shape[0], heads, kv_heads, dim, size),
+    )
+    return q
+
+
+def gated_native(gate_up: Tensor, activation: int) -> Tensor:
+    """`layer.gated`; `activation` is its place among ACTIVATIONS."""
+    gate_up = gate_up.contiguous()
+    y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    function("gated", y.dtype)(gate_up.data_ptr(), y.data_ptr(), y.shape[0], y.shape[1], activation)
+    return y
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x [T, heads, dim] with the numbers of a head side by side."""
+    return x if x.stride(2) == 1 else x.contiguous()

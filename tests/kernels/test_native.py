@@ -1,0 +1,140 @@
+"""The C++ forms against those in plain torch, which say what is meant, in float64."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from loramill.kernels import attention, layer, native, native_forms
+from loramill.kernels.attention import Pages, attend_torch, store
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+def apart(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+def paged(counts: list[int], lengths: list[int], heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries, keys, values and pages of sequences, their pages shuffled and everything else NaN."""
+    size = 16
+    needed = [-(-length // size) for length in lengths]
+    order = torch.randperm(sum(needed) + 3).int()
+    tables = torch.full((len(lengths), max(needed)), int(order[-1]), dtype=torch.int32)
+    keys = torch.full((len(order), 2, size, dim), float("nan"), dtype=dtype)
+    values = keys.clone()
+    for i, (first, length) in enumerate(zip(accumulate(needed, initial=0), lengths, strict=False)):
+        tables[i, : needed[i]] = order[first : first + needed[i]]
+        place = torch.arange(length)
+        lines = tables[i, place // size].long() * size + place % size
+        k, v = torch.randn(2, length, 2, dim).to(dtype)
+        store(keys, values, k, v, lines)
+    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    pages = Pages(starts, torch.tensor(lengths, dtype=torch.int32), tables, max(counts), max(lengths))
+    return torch.randn(sum(counts), heads, dim).to(dtype), keys, values, pages
+
+
+@DTYPES
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (20, 2.0), (None, 3.0)])
+@pytest.mark.parametrize(("heads", "dim"), [(6, 16), (2, 64), (8, 80), (10, 128)])
+def test_attention(dtype: torch.dtype, heads: int, dim: int, window: int | None, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    q, keys, values, pages = paged([1, 5, 1, 3, 30, 1, 17, 64], [1, 5, 8, 9, 30, 17, 100, 64], heads, dim, dtype)
+    out = torch.full_like(q, float("nan"))
+    attention.attend(out, q, keys, values, pages, scale=dim**-0.5, window=window, softcap=softcap)
+    right = torch.empty_like(q, dtype=torch.float64)
+    attend_torch(
+        right, q.double(), keys.double(), values.double(), pages, scale=dim**-0.5, window=window, softcap=softcap
+    )
+    assert apart(out, right) < BOUNDS[dtype]
+
+
+@DTYPES
+def test_attention_of_decoding_rows_and_of_queries_in_any_stride(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    q, keys, values, pages = paged([1] * 9, [1, 2, 15, 16, 17, 31, 33, 300, 64], 6, 32, dtype)
+    strided = torch.empty(6, 9, 32, dtype=dtype).transpose(0, 1).copy_(q)
+    out, right = torch.empty_like(q), torch.empty_like(q, dtype=torch.float64)
+    attention.attend(out, strided, keys, values, pages, scale=0.2)
+    attend_torch(right, q.double(), keys.double(), values.double(), pages, scale=0.2)
+    assert apart(out, right) < BOUNDS[dtype]
+
+
+def test_a_nan_that_was_computed_stays_one_and_harms_no_neighbour() -> None:
+    q, keys, values, pages = paged([1, 1], [20, 20], 2, 16, torch.float32)
+    q[0, 1] = float("nan")
+    out = torch.empty_like(q)
+    attention.attend(out, q, keys, values, pages, scale=1.0)
+    assert out.isnan().all(-1).tolist() == [[False, True], [False, False]]
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [16, 48, 100, 768])
+def test_norms(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(2)
+    x, residual, weight = torch.randn(5, size).to(dtype), torch.randn(5, size).to(dtype), torch.randn(size).to(dtype)
+    for other in (None, residual):
+        y, s = layer.add_rms_norm(x, other, weight, 1e-5)
+        right_y, right_s = layer.add_rms_norm_torch(
+            x.double(), None if other is None else other.double(), weight.double(), 1e-5
+        )
+        assert apart(s, right_s) < BOUNDS[dtype]
+        assert apart(y, right_y) < BOUNDS[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [8, 64, 80, 128])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation_and_what_it_leaves_in_the_cache(dtype: torch.dtype, dim: int, normed: bool) -> None:
+    torch.manual_seed(3)
+    rows, heads, kv_heads = 7, 4, 2
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim).to(dtype)
+    angle = torch.rand(rows, dim // 2) * 6
+    lines = torch.randperm(3 * 16)[:rows]
+    norms = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if normed else None
+    caches = []
+    for wide in (False, True):
+        kept = torch.zeros(2, 3, kv_heads, 16, dim, dtype=torch.float64 if wide else dtype)
+        given = norms and tuple(weight.double() if wide else weight for weight in norms)
+        form = layer.rope_store_torch if wide else layer.rope_store
+        q = form(qkv.double() if wide else qkv, angle.cos(), angle.sin(), *kept, lines, given, 1e-6)
+        caches.append((q, kept))
+    for found, right in zip(*caches, strict=True):
+        assert apart(found, right) < BOUNDS[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", layer.ACTIVATIONS)
+def test_gates(dtype: torch.dtype, activation: str) -> None:
+    gate_up = torch.cat([torch.linspace(-30, 30, 990).view(9, 110), torch.randn(9, 110)], 1).to(dtype)
+    assert apart(layer.gated(gate_up, activation), layer.gated_torch(gate_up.double(), activation)) < BOUNDS[dtype]
+
+
+def test_sizes_that_are_no_whole_vectors_attend_in_torch() -> None:
+    keys = torch.zeros(1, 1, 16, 24)
+    assert not native_forms.attends(keys, keys)
+
+
+def test_without_a_compiler_there_is_no_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "g++")
+    assert native.library.__wrapped__() is None
+    assert "no C++ compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    assert native.library.__wrapped__() is None
+    assert "no-such-flag" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
