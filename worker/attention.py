@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from loramill.kernels.attention import attend, store
-from loramill.worker.batch import Probe, current
+from loramill.worker.batch import Asked, Probe, current
 from loramill.worker.cache import LayerShape
 
 NAME = "loramill"
@@ -48,16 +48,16 @@ def packed_attention(
         raise UnsupportedAttention(f"{type(module).__name__} needs {what}, which this engine does not serve")
     batch = current()
     shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    how = Asked(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     if isinstance(batch, Probe):
-        batch.shapes[layer] = shape
+        batch.shapes[layer], batch.asked[layer] = shape, how
         return query.new_zeros(1, query.shape[2], query.shape[1], shape.value_dim), None
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, dim]
     keys, values = batch.cache.layer(layer)
     # All are there before any is read: rows of one pass may share what one of them computes.
     store(keys, values, k, v, batch.lines)
     out = query.new_empty(q.shape[0], q.shape[1], shape.value_dim)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend(out, q, keys, values, batch.pages, scale=scale, window=sliding_window, softcap=softcap)
+    attend(out, q, keys, values, batch.pages, **how._asdict())
     return out.unsqueeze(0), None
 
 

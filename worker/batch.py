@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,11 +38,20 @@ class Batch:
     """The same for a projection that sees the output rows only (the head)."""
 
 
+class Asked(NamedTuple):
+    """What a layer asks of its attention."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 @dataclass(slots=True)
 class Probe:
-    """Stands in for a batch in one tiny pass that learns each layer's shape (and whether we can serve it)."""
+    """Stands in for a batch in one tiny pass that learns what each layer is (and whether we can serve it)."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)
 
 
 def pack(

@@ -66,7 +66,7 @@ class FusedLinear:
     def columns(self, x: Tensor, reader: int) -> Tensor:
         """Projection `reader` of x [..., K]. The first sibling to ask computes all; the last one lets go of it."""
         if self._input is not x:
-            self._input, self._output, self._readers = x, self._forward(x), 0
+            self._input, self._output, self._readers = x, self(x), 0
         output = self._output
         assert output is not None
         self._readers += 1
@@ -77,7 +77,8 @@ class FusedLinear:
         start = sum(self.widths[:reader])
         return output[..., start : start + self.widths[reader]]
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        """All projections of x [..., K], side by side: [..., N], each row through its adapters."""
         y = self._now(x)
         batch = current()
         if self.a is not None and self.b is not None and isinstance(batch, Batch):

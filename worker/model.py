@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loramill.worker import attention
 from loramill.worker.batch import Batch, Probe, running
-from loramill.worker.cache import LayerShape
+from loramill.worker.lean import lean_form
 from loramill.worker.lora import FusedLinear, install
 from loramill.worker.merge import Merged
 from loramill.worker.patch import Patches
@@ -142,7 +142,9 @@ class Model:
         self._model = model.to(self.device).eval()
         self.projections: list[FusedLinear] = install(self._model, slots)
         self._merged = Merged(self._model, self.projections, base.embedding, self.device)
-        self.shapes = self._probe()
+        probe = self._probe()
+        self.shapes = probe.shapes
+        self._lean = lean_form(self._model, self.projections, probe)
 
     def merge(self, patches: Patches) -> None:
         """Compute with the base's weights and these patches, each with its strength; nothing else stays merged.
@@ -164,6 +166,8 @@ class Model:
     def forward(self, batch: Batch) -> Tensor:
         """Run a packed batch; logits [O, vocab] of its output rows, in the model's dtype."""
         with running(batch):
+            if self._lean is not None:
+                return self._lean(batch)
             return self._call(batch.tokens, batch.positions, batch.outputs)
 
     def _call(self, tokens: Tensor, positions: Tensor, outputs: Tensor) -> Tensor:
@@ -174,8 +178,8 @@ class Model:
         return logits[0]
 
     @torch.inference_mode()
-    def _probe(self) -> dict[int, LayerShape]:
-        """One token through the model: each layer's cache shape, and a refusal before any row instead of amid them."""
+    def _probe(self) -> Probe:
+        """One token through the model: what each layer is, and a refusal before any row instead of amid them."""
         probe, zero = Probe(), torch.zeros(1, dtype=torch.int64, device=self.device)
         try:
             with running(probe):
@@ -184,7 +188,7 @@ class Model:
             raise ModelError(f"this model cannot be served: {_line(error)}") from error
         if not probe.shapes:
             raise ModelError("this model does not use transformers' attention interface, so it cannot be served")
-        return probe.shapes
+        return probe
 
 
 def _context(path: str, config: Any, asked: int | None) -> int:
