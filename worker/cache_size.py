@@ -35,4 +35,4 @@ def make_room(config: EngineConfig, model: Model, max_num_seqs: int, kept_bytes:
             f"{budget / 2**20:.1f} MiB are allowed: raise --kv-cache-memory or lower --max-model-len"
         )
     pages = min(budget // page_bytes, max_num_seqs * needed)
-    return Room(pages, PAGE_TOKENS, rows=max_num_seqs, longest=longest)
+    return Room(pages, PAGE_TOKENS, rows=max_num_seqs, longest=longest, sharing=config.prefix_sharing)

@@ -251,8 +251,10 @@ class Engine:
     def _count(self, chunks: list[Chunk], seconds: float) -> None:
         self._stats.waves += not self._stats.steps and not self._stats.waves
         self._stats.stepped(seconds, len(chunks), self.max_num_seqs)
-        for sequence, start, size, _ in chunks:
+        for chunk in chunks:
+            sequence, start, size, _ = chunk
             self._stats.prompt_tokens += max(0, min(size, len(sequence.request.prompt) - start))
+            self._stats.prompt_tokens_shared += sequence.shared if chunk.begins else 0
 
     def _emit(self, sequences: list[Sequence], draws: list[Draw]) -> list[Result]:
         """Append the drawn tokens; collect the rows all of whose answers are now complete."""

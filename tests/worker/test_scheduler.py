@@ -269,3 +269,18 @@ def test_urgent_rows_come_first_and_every_row_is_computed_whole(
             run(plan, check)
     assert all(one.generated == one.request.sampling.max_tokens for one in added)
     assert not plan.slots._running
+
+
+def test_rows_of_one_pass_share_what_one_of_them_computes() -> None:
+    plan = scheduler(seqs=3, budget=100)
+    for key, prompt in enumerate([40, 40, 33]):
+        plan.add(sequence(key, prompt, 1))
+    plan.add(sequence(3, 40, 1, "a"))
+    assert run(plan) == [[(0, 0, 40), (1, 32, 8), (2, 32, 1)], [(3, 0, 40)]]
+
+
+def test_an_evicted_prefix_is_computed_again() -> None:
+    plan = scheduler(pages=4, seqs=1, budget=100)
+    for key, (prompt, adapter) in enumerate([(40, None), (40, None), (60, "a"), (40, None)]):
+        plan.add(sequence(key, prompt, 1, adapter))
+    assert run(plan) == [[(0, 0, 40)], [(1, 32, 8)], [(2, 0, 60)], [(3, 0, 40)]]
