@@ -14,14 +14,16 @@ adapter's scale is folded into B. Formula: LoRA (2106.09685); batching many adap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from loramill.kernels.check import LiveRanks, check_mixes, check_operands
+from loramill.kernels.native_lora import NativeTiles, native_tiles
 from loramill.kernels.plan import Plan
 from loramill.kernels.routing import TileRouting
-from loramill.kernels.segments import Segment, tiles_of
+from loramill.kernels.segments import Segment, Tiles, tiles_of
 from loramill.kernels.torch_forms import multi_lora_torch
 
 SEGMENT_ROWS = 48
@@ -45,24 +47,39 @@ class Routing:
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = list(segments)
+        self.device = device
         self.rows_end = max((s.end for s in self.segments), default=0)
         self.slots_used = {s.slot for s in self.segments}
         rows = sum(s.end - s.start for s in self.segments)
-        mean = rows / len(self.segments) if self.segments else 0.0
-        self.by_segment = mean >= SEGMENT_ROWS or len(self.segments) == 1
-        if self.segments and not self.by_segment:
-            tiles = tiles_of(self.segments, TILE if mean >= TILE else SMALL_TILE)
-            self.height = tiles.height
-            self.gather = torch.tensor(tiles.gather, device=device)
-            self.places = torch.tensor(tiles.places, device=device)
-            # In a batch sorted by slot the routed rows are one stretch, and adding to it takes half of the time that
-            # adding to listed rows does (103 rows of gate_up: 609 µs in all against 1403).
-            first, last = tiles.rows[0], tiles.rows[-1]
-            self.span = slice(first, last + 1) if tiles.rows == list(range(first, last + 1)) else None
-            self.rows = torch.tensor(tiles.rows, device=device)
-            self.slots_of_tiles = tuple(tiles.slots)
-            weighted = any(weight != 1.0 for weight in tiles.weights)
-            self.weights = torch.tensor(tiles.weights, device=device)[:, None, None] if weighted else None
+        self.mean = rows / len(self.segments) if self.segments else 0.0
+        self.by_segment = self.mean >= SEGMENT_ROWS or len(self.segments) == 1
+
+    @cached_property
+    def native(self) -> NativeTiles:
+        """How the C++ form cuts it."""
+        return native_tiles(self.segments)
+
+    @cached_property
+    def tiles(self) -> PaddedTiles:
+        """How the form in torch cuts it where segments are short."""
+        return PaddedTiles(tiles_of(self.segments, TILE if self.mean >= TILE else SMALL_TILE), self.device)
+
+
+class PaddedTiles:
+    """Tiles as index tensors."""
+
+    def __init__(self, tiles: Tiles, device: torch.device) -> None:
+        self.height = tiles.height
+        self.gather = torch.tensor(tiles.gather, device=device)
+        self.places = torch.tensor(tiles.places, device=device)
+        # In a batch sorted by slot the routed rows are one stretch, and adding to it takes half of the time that
+        # adding to listed rows does (103 rows of gate_up: 609 µs in all against 1403).
+        first, last = tiles.rows[0], tiles.rows[-1]
+        self.span = slice(first, last + 1) if tiles.rows == list(range(first, last + 1)) else None
+        self.rows = torch.tensor(tiles.rows, device=device)
+        self.slots = tuple(tiles.slots)
+        weighted = any(weight != 1.0 for weight in tiles.weights)
+        self.weights = torch.tensor(tiles.weights, device=device)[:, None, None] if weighted else None
 
 
 class TileWeights:
@@ -78,13 +95,13 @@ class TileWeights:
         self._kept: tuple[Tensor, list[Tensor]] | None = None
 
     def of(
-        self, a: Tensor, b: Tensor, widths: Sequence[int], ranks: LiveRanks, routing: Routing
+        self, a: Tensor, b: Tensor, widths: Sequence[int], ranks: LiveRanks, tiles: PaddedTiles
     ) -> tuple[Tensor, list[Tensor]]:
         """`a` [tiles, siblings * rank, K] and each sibling's `b` [tiles, rank, width], rank the largest live one."""
-        key = (routing.slots_of_tiles, ranks.version)
+        key = (tiles.slots, ranks.version)
         if self._kept is None or key != self._key:
-            rank = max(max(ranks[slot]) for slot in routing.slots_of_tiles)
-            slots = torch.tensor(routing.slots_of_tiles, device=a.device)
+            rank = max(max(ranks[slot]) for slot in tiles.slots)
+            slots = torch.tensor(tiles.slots, device=a.device)
             siblings, k = a.shape[1], a.shape[3]
             shrink = a[:, :, :rank].index_select(0, slots).view(-1, siblings * rank, k)
             expand = [part.index_select(0, slots) for part in b[:, :rank].split(list(widths), 2)]
@@ -131,8 +148,8 @@ def multi_lora(
         for segment in live:
             _one_segment(y, x, a, b, widths, ranks[segment.slot], segment)
     else:
-        shrink, expand = (kept or TileWeights()).of(a, b, widths, ranks, routing)
-        _tiled(y, x, shrink, expand, routing)
+        shrink, expand = (kept or TileWeights()).of(a, b, widths, ranks, routing.tiles)
+        _tiled(y, x, shrink, expand, routing.tiles)
 
 
 def _by_tiles(
@@ -170,18 +187,18 @@ def _one_segment(
         column += width
 
 
-def _tiled(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], routing: Routing) -> None:
-    tiles = x.index_select(0, routing.gather).view(-1, routing.height, x.shape[1])
+def _tiled(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], cut: PaddedTiles) -> None:
+    tiles = x.index_select(0, cut.gather).view(-1, cut.height, x.shape[1])
     shrunk = torch.bmm(tiles, a.transpose(1, 2))
-    if routing.weights is not None:
-        shrunk *= routing.weights
+    if cut.weights is not None:
+        shrunk *= cut.weights
     rank = a.shape[1] // len(b)
     parts = [torch.bmm(shrunk[:, :, i * rank : (i + 1) * rank], part) for i, part in enumerate(b)]
-    delta = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).view(-1, y.shape[1]).index_select(0, routing.places)
-    if routing.span is not None:
-        y[routing.span] += delta
+    delta = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).view(-1, y.shape[1]).index_select(0, cut.places)
+    if cut.span is not None:
+        y[cut.span] += delta
     else:
-        y.index_add_(0, routing.rows, delta)
+        y.index_add_(0, cut.rows, delta)
 
 
 def multi_lora_reference(

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramill.kernels.check import LiveRanks
-from loramill.kernels.multi_lora import TileWeights, multi_lora
+from loramill.kernels.multi_lora import Routing, TileWeights, multi_lora
+from loramill.kernels.native_lora import NativeLora, serves_lora
+from loramill.kernels.routing import TileRouting
 from loramill.worker.batch import Batch, current
 from loramill.worker.packed import Delta
 
@@ -40,6 +42,44 @@ class Product:
         return self._weight.to_dense() if self.is_packed else self._weight
 
 
+class DenseLora:
+    """Adapter slots over sibling projections as `multi_lora` takes them: A [S, siblings, R, K], B [S, R, N]."""
+
+    def __init__(
+        self, slots: int, widths: Sequence[int], k_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._widths = list(widths)
+        self.ranks = LiveRanks(slots, len(widths), device)
+        self.a = torch.zeros(slots, len(widths), 0, k_size, dtype=dtype, device=device)
+        self.b = torch.zeros(slots, 0, sum(widths), dtype=dtype, device=device)
+        self._kept = TileWeights()
+
+    def put(self, slot: int, deltas: Sequence[Delta | None]) -> None:
+        """Fill a slot; what an adapter leaves alone becomes zero."""
+        self._make_room(max((delta.a.shape[0] for delta in deltas if delta), default=0))
+        self.a[slot].zero_()
+        self.b[slot].zero_()
+        self.ranks.put(slot, [delta.a.shape[0] if delta else 0 for delta in deltas])
+        for i, (delta, columns) in enumerate(zip(deltas, self.b[slot].split(self._widths, 1), strict=True)):
+            if delta:
+                self.a[slot, i, : delta.a.shape[0]] = delta.a
+                columns[: delta.a.shape[0]] = delta.b
+
+    def add(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> None:
+        """Add each routed row's delta to `y` [T, N] in place; x [T, K]."""
+        multi_lora(y, x, self.a, self.b, self._widths, self.ranks, routing, kept=self._kept)
+
+    def _make_room(self, rank: int) -> None:
+        held = self.a.shape[2]
+        if rank <= held:
+            return
+        slots, siblings, _, k_size = self.a.shape
+        a, b = self.a.new_zeros(slots, siblings, rank, k_size), self.b.new_zeros(slots, rank, self.b.shape[2])
+        a[:, :, :held] = self.a
+        b[:, :held] = self.b
+        self.a, self.b = a, b
+
+
 class FusedLinear:
     """One weight [N, K] serving the projections `names`, and the adapter slots over it."""
 
@@ -55,10 +95,8 @@ class FusedLinear:
         # A packed weight is the only one kept: its numbers stand nowhere else, its shape and dtype here.
         self.weight = torch.empty_like(weight, device="meta") if self._base.is_packed else weight
         self._device = weight.device
-        self.a: Tensor | None = None
-        self.b: Tensor | None = None
-        self.ranks = LiveRanks(slots, len(names), weight.device)
-        self._kept = TileWeights()
+        self.lora: DenseLora | NativeLora | None = None
+        """None until an adapter needs it."""
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._readers = 0
@@ -81,10 +119,9 @@ class FusedLinear:
         """All projections of x [..., K], side by side: [..., N], each row through its adapters."""
         y = self._now(x)
         batch = current()
-        if self.a is not None and self.b is not None and isinstance(batch, Batch):
+        if self.lora is not None and isinstance(batch, Batch):
             routing = batch.output_routing if self.is_head else batch.routing
-            rows, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])[:, : sum(self.widths)]
-            multi_lora(outputs, rows, self.a, self.b, self.widths, self.ranks, routing, kept=self._kept)
+            self.lora.add(y.view(-1, y.shape[-1])[:, : sum(self.widths)], x.reshape(-1, x.shape[-1]), routing)
         return y
 
     def dense(self) -> Tensor:
@@ -106,33 +143,14 @@ class FusedLinear:
     def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
         """Fill a slot with an adapter's deltas for these projections; what it leaves alone becomes zero."""
         mine = [deltas.get(name) for name in self.names]
-        largest = max((d.a.shape[0] for d in mine if d), default=0)
-        if largest:
-            self._make_room(largest)
-        if self.a is None or self.b is None:
-            return
-        self.a[slot].zero_()
-        self.b[slot].zero_()
-        self.ranks.put(slot, [delta.a.shape[0] if delta else 0 for delta in mine])
-        for i, (delta, columns) in enumerate(zip(mine, self.b[slot].split(self.widths, 1), strict=True)):
-            if delta:
-                self.a[slot, i, : delta.a.shape[0]] = delta.a
-                columns[: delta.a.shape[0]] = delta.b
-
-    def _make_room(self, rank: int) -> None:
-        held = 0 if self.a is None else self.a.shape[2]
-        if rank <= held:
-            return
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=self.weight.dtype, device=self._device)
-
-        a = zeros(self._slots, len(self.names), rank, self.weight.shape[1])
-        b = zeros(self._slots, rank, sum(self.widths))
-        if self.a is not None and self.b is not None:
-            a[:, :, :held] = self.a
-            b[:, :held] = self.b
-        self.a, self.b = a, b
+        if self.lora is None and any(mine):
+            k_size, dtype = self.weight.shape[1], self.weight.dtype
+            if serves_lora(dtype, self._device, self.widths, k_size):
+                self.lora = NativeLora(self._slots, self.widths, k_size, dtype)
+            else:
+                self.lora = DenseLora(self._slots, self.widths, k_size, dtype, self._device)
+        if self.lora is not None:
+            self.lora.put(slot, mine)
 
 
 class Projection(nn.Module):

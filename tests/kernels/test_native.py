@@ -11,6 +11,11 @@ from torch import Tensor
 
 from loramill.kernels import attention, layer, native, native_forms
 from loramill.kernels.attention import Pages, attend_torch, store
+from loramill.kernels.mixes import Mix, only
+from loramill.kernels.multi_lora import Routing, multi_lora_reference
+from loramill.kernels.native_lora import NativeLora
+from loramill.kernels.segments import segments_of
+from loramill.worker.packed import Delta
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
@@ -138,3 +143,57 @@ def test_a_compiler_that_fails_says_why(
     assert native.library.__wrapped__() is None
     assert "no-such-flag" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
+
+
+def lora_operands(
+    dtype: torch.dtype, widths: list[int], k_size: int, ranks: list[list[int]]
+) -> tuple[NativeLora, Tensor, Tensor]:
+    """Slots of these live ranks, and the same numbers as the reference takes them."""
+    largest = max(map(max, ranks))
+    a = torch.zeros(len(ranks), len(widths), largest, k_size)
+    b = torch.zeros(len(ranks), largest, sum(widths))
+    native_slots = NativeLora(len(ranks), widths, k_size, dtype)
+    for slot, of_siblings in enumerate(ranks):
+        deltas: list[Delta | None] = []
+        columns = b[slot].split(widths, 1)
+        for i, rank in enumerate(of_siblings):
+            delta = Delta((torch.randn(rank, k_size) / 4).to(dtype), torch.randn(rank, widths[i]).to(dtype))
+            a[slot, i, :rank] = delta.a.float()
+            columns[i][:rank] = delta.b.float()
+            deltas.append(delta if rank else None)
+        native_slots.put(slot, [None] * len(widths))  # what a slot held before leaves nothing behind
+        native_slots.put(slot, deltas)
+    return native_slots, a, b
+
+
+RUNS = {
+    "one": [(only(1), 1)],
+    "decode": [((), 3), (only(0), 1), (only(1), 7), (only(2), 8), (only(3), 15)],
+    "prefill": [(only(3), 200), ((), 5), (only(1), 61)],
+    "mixes": [(((0, 0.5), (1, -2.0)), 9), (((1, 1.0), (2, 1.0), (3, 0.25)), 33), (only(2), 4)],
+    "none": [((), 6)],
+}
+
+
+@DTYPES
+@pytest.mark.parametrize(("widths", "k_size"), [([48, 16, 16], 70), ([80], 256), ([64, 64], 34)])
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_multi_lora(dtype: torch.dtype, widths: list[int], k_size: int, runs: list[tuple[Mix, int]]) -> None:
+    torch.manual_seed(4)
+    ranks = [[8] * len(widths), [1] * len(widths), [0, 5, 0][: len(widths)], [64, 3, 17][: len(widths)]]
+    slots, a, b = lora_operands(dtype, widths, k_size, ranks)
+    rows = sum(count for _, count in runs)
+    segments = segments_of(runs)
+    x, wide = torch.randn(rows, k_size).to(dtype), torch.randn(rows, sum(widths) + 3).to(dtype)
+    y, right = wide[:, : sum(widths)], wide[:, : sum(widths)].double()
+    multi_lora_reference(right, x, a, b, widths, segments)
+    slots.add(y, x, Routing(segments, torch.device("cpu")))
+    assert apart(y, right) < BOUNDS[dtype]
+
+
+def test_slots_that_leave_a_projection_alone_cost_nothing() -> None:
+    slots = NativeLora(2, [16], 32, torch.float32)
+    slots.put(1, [None])
+    y = torch.zeros(4, 16)
+    slots.add(y, torch.randn(4, 32), Routing(segments_of([(only(1), 4)]), torch.device("cpu")))
+    assert not y.any()

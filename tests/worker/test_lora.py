@@ -100,7 +100,7 @@ def test_a_slot_holds_its_adapter_and_nothing_of_the_last() -> None:
             if name in held:
                 expected[:, 2:] += (x[:, 2:] @ held[name].a.t()) @ held[name].b
             torch.testing.assert_close(answer, expected)
-    assert o_proj.a is None, "no adapter ever touched it, so it takes no memory"
+    assert o_proj.lora is None, "no adapter ever touched it, so it takes no memory"
 
 
 def test_a_tied_head_still_shares_the_embeddings_memory(family: Callable[[str], Any]) -> None:
