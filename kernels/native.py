@@ -36,10 +36,10 @@ LANES = 16
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "add_rms_norm": [_P, _P, _P, _F, _P, _P, _L, _I],
-    "rope_store": [_P, _L, _P, _P, _P, _P, _F, _P, _P, _P, _P, _L, _I, _I, _I, _I],
+    "rope_store": [_P, _L, _P, _P, _P, _P, _F, _P, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
     "gated": [_P, _P, _L, _I, _I],
-    "store": [_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _I, _I, _I, _I],
-    "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 8, _F, _F, _P, _L, _I],
+    "store": [_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
+    "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 8, _F, _F, _L, _L, _P, _L, _I],
     "multi_lora_step": [],
     "multi_lora": [_P, _L, _P, _L, _I, _I, _P, _P, _P, _P, _L, _P, _P, _L, _I, _I],
 }

@@ -22,7 +22,7 @@ def store_native(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tens
     function("store", keys.dtype)(
         *(k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1)),
         *(keys.data_ptr(), values.data_ptr(), lines.data_ptr(), k.shape[0]),
-        *(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2]),
+        *(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], *_strides(keys, values)),
     )
 
 
@@ -50,7 +50,7 @@ def attend_native(
         *(out.data_ptr(), q.data_ptr(), q.stride(0), q.stride(1), keys.data_ptr(), values.data_ptr()),
         *(pages.starts.data_ptr(), pages.lengths.data_ptr(), pages.tables.data_ptr(), pages.tables.stride(0)),
         *(len(pages.lengths), pages.longest, q.shape[1], keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2]),
-        *(window or 0, scale, softcap or 0.0, tasks.data_ptr(), len(tasks), height),
+        *(window or 0, scale, softcap or 0.0, *_strides(keys, values), tasks.data_ptr(), len(tasks), height),
     )
 
 
@@ -93,6 +93,7 @@ def rope_store_native(
     function("rope_store", qkv.dtype)(
         *(qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), *weights, eps, q.data_ptr()),
         *(keys.data_ptr(), values.data_ptr(), lines.data_ptr(), qkv.shape[0], heads, kv_heads, dim, size),
+        *_strides(keys, values),
     )
     return q
 
@@ -103,6 +104,18 @@ def gated_native(gate_up: Tensor, activation: int) -> Tensor:
     y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     function("gated", y.dtype)(gate_up.data_ptr(), y.data_ptr(), y.shape[0], y.shape[1], activation)
     return y
+
+
+def _strides(keys: Tensor, values: Tensor) -> tuple[int, int]:
+    """Tokens from a page to the next, and from a head to the next, in either.
+
+    Raises:
+        ValueError: they differ, or the tokens of a page do not lie side by side.
+    """
+    steps = [[cache.stride(i) // cache.shape[3] for i in range(3)] for cache in (keys, values)]
+    if steps[0] != steps[1] or steps[0][2] != 1:
+        raise ValueError(f"keys and values must lie alike, not with strides {keys.stride()} and {values.stride()}")
+    return steps[0][0], steps[0][1]
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ class NativeLora:
 
     def _packed(self, weights: Tensor) -> Tensor:
         """[k, n] as [k / step, n, step]."""
-        return weights.reshape(weights.shape[0] // self._step, self._step, weights.shape[1]).transpose(1, 2).contiguous()
+        return (
+            weights.reshape(weights.shape[0] // self._step, self._step, weights.shape[1]).transpose(1, 2).contiguous()
+        )
 
 
 class NativeTiles(NamedTuple):

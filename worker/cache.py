@@ -26,7 +26,11 @@ class KVCache:
         self, shapes: Mapping[int, LayerShape], pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         def zeros(heads: int, dim: int) -> Tensor:
-            return lazy_zeros(pages * heads * page_size * dim, dtype, device).view(pages, heads, page_size, dim)
+            zeros = lazy_zeros(pages * heads * page_size * dim, dtype, device)
+            if device.type != "cpu":
+                return zeros.view(pages, heads, page_size, dim)
+            # A row's pages mostly follow each other: so do a head's keys then, and memory is read in long stretches.
+            return zeros.view(heads, pages, page_size, dim).transpose(0, 1)
 
         self.page_size = page_size
         self._layers = {n: (zeros(s.heads, s.key_dim), zeros(s.heads, s.value_dim)) for n, s in shapes.items()}

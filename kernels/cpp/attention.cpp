@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int AHEAD = 2;    // pages that are fetched before their turn
+constexpr int AHEAD = 2;  // pages that are fetched before their turn
 constexpr int QUERIES = 4;  // at once in registers: 16 sums of products for each
 
 // Lane i of the result is the sum of the lanes of a[i], for as many vectors as lanes.
@@ -31,6 +31,7 @@ inline F sums(const F *a) { return halves<8>(halves<4>(a[0], a[1]), halves<4>(a[
 struct Shape {
     int heads, kv_heads, key_dim, value_dim, page_size, window;
     float scale, softcap;
+    int64_t cache_page, cache_head;  // from one page to the next, from one head to the next: in tokens
 };
 
 // Scores of N queries against the 16 keys of `k`, each `dim` long.
@@ -111,7 +112,7 @@ struct Task {
     int kv_head;
 
     const T *page(const T *cache, int number, int dim) const {
-        return cache + (int64_t(table[number]) * shape.kv_heads + kv_head) * shape.page_size * dim;
+        return cache + (table[number] * shape.cache_page + kv_head * shape.cache_head) * dim;
     }
 
     // Pages lie anywhere, so no hardware foresees the next one.
@@ -245,8 +246,9 @@ void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, co
                               const int32_t *starts, const int32_t *lengths, const int32_t *tables,                \
                               int64_t table_row, int sequences, int longest, int heads, int kv_heads, int key_dim, \
                               int value_dim, int page_size, int window, float scale, float softcap,                \
+                              int64_t cache_page, int64_t cache_head,                                              \
                               const int32_t *tasks, int64_t count, int height) {                                   \
-        Shape shape{heads, kv_heads, key_dim, value_dim, page_size, window, scale, softcap};                           \
+        Shape shape{heads, kv_heads, key_dim, value_dim, page_size, window, scale, softcap, cache_page, cache_head};                         \
         PICK(T, attend)(out, q, q_row, q_head, keys, values, starts, lengths, tables, table_row, sequences, longest,   \
                     shape, tasks, count, height);                                                                       \
     }

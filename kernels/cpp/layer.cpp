@@ -1,4 +1,5 @@
 // What lies between a layer's projections; formulas in kernels/layer.py.
+// A cache's lines are counted in tokens: its keys and values have the same strides but for the size of a head.
 #include "vec.h"
 
 namespace {
@@ -48,7 +49,7 @@ void rotate(const T *from, const float *cos, const float *sin, const T *weight, 
 template <class T>
 void rope_store(const T *qkv, int64_t qkv_row, const float *cos, const float *sin, const T *q_weight,
                 const T *k_weight, float eps, T *q, T *keys, T *values, const int64_t *lines, int64_t rows, int heads,
-                int kv_heads, int dim, int page_size) {
+                int kv_heads, int dim, int page_size, int64_t cache_page, int64_t cache_head) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const T *in = qkv + row * qkv_row;
@@ -56,7 +57,7 @@ void rope_store(const T *qkv, int64_t qkv_row, const float *cos, const float *si
         for (int h = 0; h < heads; h++) rotate(in + h * dim, c, s, q_weight, eps, q + (row * heads + h) * dim, dim);
         int64_t page = lines[row] / page_size, place = lines[row] % page_size;
         for (int h = 0; h < kv_heads; h++) {
-            int64_t line = ((page * kv_heads + h) * page_size + place) * dim;
+            int64_t line = (page * cache_page + h * cache_head + place) * dim;
             rotate(in + (heads + h) * dim, c, s, k_weight, eps, keys + line, dim);
             std::memcpy(values + line, in + (heads + kv_heads + h) * dim, dim * sizeof(T));
         }
@@ -81,12 +82,13 @@ void gated(const T *gate_up, T *y, int64_t rows, int size) {
 
 template <class T>
 void put_kv(const T *k, int64_t k_row, int64_t k_head, const T *v, int64_t v_row, int64_t v_head, T *keys, T *values,
-            const int64_t *lines, int64_t rows, int kv_heads, int key_dim, int value_dim, int page_size) {
+            const int64_t *lines, int64_t rows, int kv_heads, int key_dim, int value_dim, int page_size, int64_t cache_page,
+            int64_t cache_head) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         int64_t page = lines[row] / page_size, place = lines[row] % page_size;
         for (int h = 0; h < kv_heads; h++) {
-            int64_t line = (page * kv_heads + h) * page_size + place;
+            int64_t line = page * cache_page + h * cache_head + place;
             std::memcpy(keys + line * key_dim, k + row * k_row + h * k_head, key_dim * sizeof(T));
             std::memcpy(values + line * value_dim, v + row * v_row + h * v_head, value_dim * sizeof(T));
         }
@@ -103,18 +105,18 @@ void put_kv(const T *k, int64_t k_row, int64_t k_head, const T *v, int64_t v_row
     extern "C" void rope_store_##name(const T *qkv, int64_t qkv_row, const float *cos, const float *sin,               \
                                       const T *q_weight, const T *k_weight, float eps, T *q, T *keys, T *values,       \
                                       const int64_t *lines, int64_t rows, int heads, int kv_heads, int dim,            \
-                                      int page_size) {                                                                 \
+                                      int page_size, int64_t cache_page, int64_t cache_head) {                         \
         rope_store(qkv, qkv_row, cos, sin, q_weight, k_weight, eps, q, keys, values, lines, rows, heads, kv_heads,     \
-                   dim, page_size);                                                                                    \
+                   dim, page_size, cache_page, cache_head);                                                                                    \
     }                                                                                                                  \
     extern "C" void gated_##name(const T *gate_up, T *y, int64_t rows, int size, int activation) {                     \
         activation ? gated<T, gelu_tanh>(gate_up, y, rows, size) : gated<T, silu>(gate_up, y, rows, size);             \
     }                                                                                                                  \
     extern "C" void store_##name(const T *k, int64_t k_row, int64_t k_head, const T *v, int64_t v_row, int64_t v_head, \
                                  T *keys, T *values, const int64_t *lines, int64_t rows, int kv_heads, int key_dim,    \
-                                 int value_dim, int page_size) {                                                       \
+                                 int value_dim, int page_size, int64_t cache_page, int64_t cache_head) {               \
         put_kv(k, k_row, k_head, v, v_row, v_head, keys, values, lines, rows, kv_heads, key_dim, value_dim,            \
-               page_size);                                                                                             \
+               page_size, cache_page, cache_head);                                                                            \
     }
 
 EXPORT(float, float32)

@@ -32,7 +32,8 @@ def paged(counts: list[int], lengths: list[int], heads: int, dim: int, dtype: to
     needed = [-(-length // size) for length in lengths]
     order = torch.randperm(sum(needed) + 3).int()
     tables = torch.full((len(lengths), max(needed)), int(order[-1]), dtype=torch.int32)
-    keys = torch.full((len(order), 2, size, dim), float("nan"), dtype=dtype)
+    # As the cache of a CPU lies: by heads, then pages.
+    keys = torch.full((2, len(order), size, dim), float("nan"), dtype=dtype).transpose(0, 1)
     values = keys.clone()
     for i, (first, length) in enumerate(zip(accumulate(needed, initial=0), lengths, strict=False)):
         tables[i, : needed[i]] = order[first : first + needed[i]]
