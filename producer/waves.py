@@ -86,10 +86,10 @@ def arrange(
     turn: (all rows,) their order where nothing else decides (`prefixes.turns`).
 
     The rows of one adapter keep together, the longest in front, so that its short rows fill the gaps at its end. An
-    adapter is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile pays for the largest
-    rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first, as many at a time as
-    have slots, and rows of the base, or else of the heaviest adapters, fill up the batch beside them: of their own
-    rank class while there are any, since an empty place costs more than a padded one.
+    adapter is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile pays for the
+    largest rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first, as many at a
+    time as have slots, and rows of the base, or else of the heaviest adapters, fill up the batch beside them: of their
+    own rank class while there are any, since an empty place costs more than a padded one.
     """
     members = [(limits.needed(one), one.rank) for one in facts]
     needs, spare, chains = units(rows, mix, cost, turn, members, limits.free)
