@@ -120,6 +120,7 @@ class Scheduler:
     ) -> int:
         """Start every row that can be, or none if the first cannot: what is left of the budget."""
         leaving: set[str] = set()
+        kept_pages = sum(map(self.room.growth, self.running))
         heads = self.waiting.heads()
         heapify(heads)
         while heads and budget and len(self.running) < self.max_num_seqs:
@@ -129,8 +130,10 @@ class Scheduler:
             if kind.weights == self.weights and leaving.isdisjoint(kind.adapters):
                 if self.slots.could_place(kind.adapters, kept):
                     # Cache room first: a load whose row then cannot start would evict for nothing.
-                    if not self.room.start(sequence, self.running):
+                    growth = self.room.growth(sequence)
+                    if not self.room.start(sequence, kept_pages + growth if self.running else 0):
                         break
+                    kept_pages += growth
                     self.waiting.remove(sequence)
                     loads += self._begin(sequence, kind, kept)
                     budget -= self._compute(sequence, budget, chunks)
