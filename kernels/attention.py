@@ -40,6 +40,10 @@ class Pages:
 def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> None:
     """Put k [T, kv_heads, key_dim] and v [T, kv_heads, value_dim] at `lines` [T] int64 of the cache, each page * size +
     place."""
+    if keys.is_cuda:
+        from loramill.kernels import attention_triton
+
+        return attention_triton.store(keys, values, k, v, lines)
     size = keys.shape[2]
     page, place = lines // size, lines % size
     keys[page, :, place] = k
@@ -58,6 +62,10 @@ def attend(
     softcap: float | None = None,
 ) -> None:
     """Write the attention of every query row to `out`; formula and shapes at the head of this module."""
+    if q.is_cuda:
+        from loramill.kernels import attention_triton
+
+        return attention_triton.attend(out, q, keys, values, pages, scale=scale, window=window, softcap=softcap)
     attend_torch(out, q, keys, values, pages, scale=scale, window=window, softcap=softcap)
 
 
