@@ -28,7 +28,9 @@ class Moment:
     prompt_tokens: int
     completion_tokens: int
     adapters_resident: int | None = None
-    """Of a run in this process."""
+    """Of a run in this process, as are those that follow."""
+    prompt_tokens_shared: int = 0
+    """Not computed, beside `prompt_tokens`."""
 
 
 class Progress:
@@ -101,6 +103,9 @@ class Progress:
         ]
         if last.adapters_resident is not None:
             parts.append(f"{last.adapters_resident} adapters resident")
+        if last.prompt_tokens_shared:
+            share = last.prompt_tokens_shared / (last.prompt_tokens + last.prompt_tokens_shared)
+            parts.append(f"{share:.0%} of prompts shared")
         return "  ".join(parts)
 
 

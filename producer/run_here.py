@@ -91,7 +91,7 @@ class Here:
         def show() -> None:
             stats = engine.stats
             tokens = (stats.prompt_tokens, stats.completion_tokens)
-            progress.update(Moment(rows_done, rows_failed, *tokens, stats.resident))
+            progress.update(Moment(rows_done, rows_failed, *tokens, stats.resident, stats.prompt_tokens_shared))
 
         names, job_id = job.models.names, journal.identity_sha256
         shard = engine.shard(job.source, index, left, plan, names=names, job_id=job_id, emit=commit)

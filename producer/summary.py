@@ -19,6 +19,8 @@ class Summary:
     resumed: int = 0
     """Rows that an earlier process finished."""
     prompt_tokens: int = 0
+    prompt_tokens_shared: int = 0
+    """Of them, those that this process did not compute: rows of the same adapter begin alike."""
     completion_tokens: int = 0
     load_s: float = 0.0
     """Loading the weights."""
@@ -59,7 +61,15 @@ class Summary:
         """Take over what the engine counted in `run_s` (its stats as plain values), and the mode of each mix."""
         self.prompt_tokens_per_s = stats["prompt_tokens"] / self.run_s
         self.completion_tokens_per_s = stats["completion_tokens"] / self.run_s
-        for name in ("adapter_loads", "adapter_evictions", "adapter_load_s", "merges", "merge_s", "waves"):
+        for name in (
+            "prompt_tokens_shared",
+            "adapter_loads",
+            "adapter_evictions",
+            "adapter_load_s",
+            "merges",
+            "merge_s",
+            "waves",
+        ):
             setattr(self, name, stats[name])
         for name, value in stats["host"].items():
             setattr(self, f"host_{name}", value)

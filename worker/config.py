@@ -32,5 +32,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     kv_cache_memory: int | None = None
     """Bytes; None takes what the rows can need, within a share of what is free."""
+    prefix_sharing: bool = True
+    """Whether what the prompts of a mix have in common is computed once."""
     max_row_tokens: int | None = None
     """The longest row to come, prompt and answer; None is the model's context."""

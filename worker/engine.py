@@ -14,7 +14,7 @@ from loramill.worker.adapters import Adapter
 from loramill.worker.answers import Answers
 from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache
-from loramill.worker.cache_size import make_slabs
+from loramill.worker.cache_size import make_room
 from loramill.worker.config import EngineConfig as EngineConfig
 from loramill.worker.forecast import Forecast
 from loramill.worker.memory import give_back, keep_freed_memory, ran_out
@@ -47,17 +47,16 @@ class Engine:
         wanted = config.max_num_seqs or _MAX_SEQS[self.device]
         self.max_num_seqs = min(wanted, config.max_num_batched_tokens)
         adapters = list(adapters)
-        slabs = make_slabs(config, self._model, self.max_num_seqs, self._to_merge(adapters))
+        room = make_room(config, self._model, self.max_num_seqs, self._to_merge(adapters))
         if self.device == "cpu":
             keep_freed_memory()
-        self._cache = KVCache(
-            self._model.shapes, len(slabs) * slabs.tokens, self._model.dtype, torch.device(self.device)
-        )
+        pool = room.pool
+        self._cache = KVCache(self._model.shapes, len(pool), pool.size, self._model.dtype, self._model.device)
         self._stats = EngineStats()
         self._residency = Residency(self._model, config, self._stats)
         self._scheduler = Scheduler(
             self._residency.slots,
-            slabs,
+            room,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
@@ -115,18 +114,17 @@ class Engine:
         scheduler = self._scheduler
         began_s = time.perf_counter()
         step = scheduler.schedule()
-        if on_start is not None and (begun := [c.sequence.request.key for c in step.chunks if not c.start]):
+        if on_start is not None and (begun := [c.sequence.request.key for c in step.chunks if c.begins]):
             on_start(begun)
         failed: list[Result] = []
         try:
             failed = self._fail_rows_of(self._residency.prepare(step, scheduler))
-            self._cache.carry_out(scheduler.slabs.moves)
-            scheduler.slabs.moves.clear()
-            chunks = [chunk for chunk in step.chunks if chunk.sequence.place is not None] if failed else step.chunks
+            chunks = [chunk for chunk in step.chunks if chunk.sequence.pages] if failed else step.chunks
             if not chunks:
                 return failed, None
             sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-            logits = self._model.forward(pack(chunks, scheduler.slabs, self._cache, self._router, self._model.device))
+            batch = pack(chunks, scheduler.room.tables, self._cache, self._router, self._model.device)
+            logits = self._model.forward(batch)
             draws = draw(logits, sampled) if sampled else []
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error) or not scheduler.running:
@@ -221,8 +219,8 @@ class Engine:
         self._stats.running = len(self._scheduler.running)
         self._stats.places = self.max_num_seqs
         self._stats.resident = len(self._scheduler.slots.resident)
-        slabs = self._scheduler.slabs
-        self._stats.kv_used, self._stats.kv_tokens = slabs.reserved, len(slabs) * slabs.tokens
+        room = self._scheduler.room
+        self._stats.kv_used, self._stats.kv_tokens = room.used, room.tokens
         return self._stats
 
     def reset_stats(self) -> None:
@@ -253,8 +251,10 @@ class Engine:
     def _count(self, chunks: list[Chunk], seconds: float) -> None:
         self._stats.waves += not self._stats.steps and not self._stats.waves
         self._stats.stepped(seconds, len(chunks), self.max_num_seqs)
-        for sequence, start, size, _ in chunks:
+        for chunk in chunks:
+            sequence, start, size, _ = chunk
             self._stats.prompt_tokens += max(0, min(size, len(sequence.request.prompt) - start))
+            self._stats.prompt_tokens_shared += sequence.shared if chunk.begins else 0
 
     def _emit(self, sequences: list[Sequence], draws: list[Draw]) -> list[Result]:
         """Append the drawn tokens; collect the rows all of whose answers are now complete."""

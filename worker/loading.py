@@ -38,6 +38,7 @@ def load_engine(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_memory=options.kv_cache_memory,
+        prefix_sharing=not options.no_prefix_sharing,
         max_row_tokens=longest_row,
     )
     known = [*registered.values(), *(a for a in models.adapters.values() if a.sha256 in pinned)]

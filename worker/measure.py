@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,11 +72,14 @@ def measure(engine: Engine, adapters: Sequence[str]) -> Measured:
 def _time(engine: Engine, measured: Measured, rows: int, mixes: Sequence[Mix], *, merged: bool = False) -> None:
     longest = engine.config.max_row_tokens or engine.config.base.max_model_len
     answer = min(DECODES + 1, longest - 1)
-    prompt = max(1, min(PROMPT_TOKENS // engine.max_num_seqs, longest - answer))
+    size = max(1, min(PROMPT_TOKENS // engine.max_num_seqs, longest - answer))
+    draw = random.Random()
     for row in range(rows):
+        # No two alike, nor like those of an earlier time: what they have in common would be computed once.
+        prompt = draw.choices(range(engine.config.base.vocab_size), k=size)
         # The rows of a mix side by side, as in a planned job.
         mix = mixes[row * len(mixes) // rows]
-        engine.add(Request(-1 - row, [0] * prompt, Sampling(answer, temperature=0, ignore_eos=True), mix, merged))
+        engine.add(Request(-1 - row, prompt, Sampling(answer, temperature=0, ignore_eos=True), mix, merged))
     while engine.has_work:
         running, before, loading_s = engine.num_running, engine.stats.prompt_tokens, engine.stats.adapter_load_s
         began_s = time.perf_counter()

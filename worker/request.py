@@ -156,6 +156,9 @@ class EngineStats:
     """Counters since the engine was made."""
 
     prompt_tokens: int = 0
+    """That were computed."""
+    prompt_tokens_shared: int = 0
+    """That rows found computed by another, when they started."""
     completion_tokens: int = 0
     steps: int = 0
     step_times: StepTimes = field(default_factory=StepTimes)
@@ -183,7 +186,7 @@ class EngineStats:
     """Of sequences: the most that run at once."""
     resident: int = 0
     kv_used: int = 0
-    """Tokens of the cache that sequences have reserved."""
+    """Tokens of the cache in pages that sequences have."""
     kv_tokens: int = 0
     """Tokens of the cache."""
 

@@ -7,12 +7,10 @@ from collections.abc import Container, Iterable
 from itertools import islice, takewhile
 
 from loramill.worker.request import Mix
+from loramill.worker.room import Room
 from loramill.worker.sequence import Chunk, Sequence, Step
-from loramill.worker.slabs import Place, Slabs
 from loramill.worker.slots import Load, Slots
 
-GROWTH_TOKENS = 256
-"""How far beyond its prompt a row reserves cache at once; longer answers grow into larger rows as they come."""
 PATIENCE = 4096
 """Passes that the first waiting row may be passed over for want of slots, before no other row is admitted until it has
 had its turn. Much: its slots come free with the longest answer, and stopping sooner only empties the batch."""
@@ -34,14 +32,14 @@ class Scheduler:
     weights no row starts. The first row that is not urgent has its turn after WEIGHTS_PATIENCE passes all the same.
     """
 
-    def __init__(self, slots: Slots, slabs: Slabs, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, slots: Slots, room: Room, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}): "
                 "every running row decodes one token a step"
             )
         self.slots = slots
-        self.slabs = slabs
+        self.room = room
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
@@ -72,8 +70,7 @@ class Scheduler:
         for decoding in (True, False):
             for sequence in self.running:
                 if (sequence.pending == 1) is decoding and budget:
-                    chunks.append(sequence.chunk(budget))
-                    budget -= chunks[-1].size
+                    budget -= self._compute(sequence, budget, chunks)
         loads = self._admit(budget, chunks) if budget and self._admissible else []
         chunks.sort(key=lambda chunk: chunk.sequence.slots)
         return Step(self.weights, loads, chunks)
@@ -81,7 +78,7 @@ class Scheduler:
     def finish(self, sequence: Sequence, *, failed: bool = False) -> None:
         """A running sequence is done: its cache room and its hold on the adapter go."""
         self.running.remove(sequence)
-        self._release(sequence, wipe=failed)
+        self._release(sequence, forget=failed)
 
     def cancel_waiting(self) -> list[Sequence]:
         """Drop and return what waits of rows none of whose sequences has started."""
@@ -94,14 +91,14 @@ class Scheduler:
         """Drop all sequences of these rows, those that run included."""
         self.waiting = deque(s for s in self.waiting if s.request.key not in keys)
         for sequence in [s for s in self.running if s.request.key in keys]:
-            self.finish(sequence, failed=sequence.amid_prompt)
+            self.finish(sequence)
         self._admissible = True
 
     def start_over(self, loads: Iterable[Load]) -> None:
         """A pass broke off: every running sequence starts again later, and the slots that were loaded for it hold
         nothing."""
         while self.running:
-            self._preempt(self.running.pop(), wipe=True)
+            self._preempt(self.running.pop(), forget=True)
         for load in loads:
             self.slots.drop(load.adapter)
 
@@ -134,21 +131,18 @@ class Scheduler:
             able = sequence.weights == self.weights and sequence.request.mix not in blocked
             if able and not any(sequence.asks_for(adapter) for adapter in leaving):
                 # Cache room first: a load whose row then cannot start would evict for nothing.
-                place = self._reserve(sequence)
-                if place is None:
+                if not self.room.start(sequence, self.running):
                     self.waiting.appendleft(sequence)
                     break
                 urgent = sequence.request.urgent
                 if self._take_slots(sequence, () if urgent else kept_adapters, loads):
-                    sequence.place = place
                     sequence.started = True
                     if sequence is self._first:
                         self._first = None
                     self.running.append(sequence)
-                    chunks.append(sequence.chunk(budget))
-                    budget -= chunks[-1].size
+                    budget -= self._compute(sequence, budget, chunks)
                     continue
-                self.slabs.free(place)
+                self.room.leave(sequence)
                 blocked.add(sequence.request.mix)
                 if urgent and not leaving:
                     leaving = self._leaving(sequence)
@@ -158,6 +152,13 @@ class Scheduler:
         passed.extend(self.waiting)
         self.waiting = passed
         return budget
+
+    def _compute(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Add a running sequence's next chunk to `chunks`: its tokens."""
+        chunk = sequence.chunk(budget)
+        self.room.offer(chunk)
+        chunks.append(chunk)
+        return chunk.size
 
     def _choose_first(self) -> None:
         """The first of the rows that are not urgent comes before those that are, once they have passed it over long."""
@@ -210,20 +211,10 @@ class Scheduler:
         sequence.slots = tuple((self.slots.acquire(adapter), weight) for adapter, weight in sequence.request.mix)
         return True
 
-    def _reserve(self, sequence: Sequence) -> Place | None:
-        room = sequence.longest
-        if len(self.slabs) > 1:  # with a single slab there would be nowhere to grow into
-            room = min(room, len(sequence.tokens) + GROWTH_TOKENS)
-        return self.slabs.allocate(room)
-
     def _make_room(self) -> None:
-        """Grow every row whose next token would not fit; the youngest rows give way."""
+        """A page for every row whose next token would not fit; the youngest rows give way."""
         for sequence in list(self.running):
-            place = sequence.place
-            if place is None or len(sequence.tokens) <= place.capacity:
-                continue
-            room = min(sequence.longest, 2 * place.capacity)
-            while sequence.place is not None and not self.slabs.grow(place, room):
+            while sequence.pages and not self.room.grow(sequence):
                 self._preempt(self.running.pop(self._youngest))
 
     def _make_way(self) -> None:
@@ -243,9 +234,8 @@ class Scheduler:
                 self._preempt(self.running.pop(able[-1]))
             free, urgent = free - 1, urgent + 1
 
-    def _preempt(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        self._release(sequence, wipe=wipe or sequence.amid_prompt)
-        sequence.computed = 0
+    def _preempt(self, sequence: Sequence, *, forget: bool = False) -> None:
+        self._release(sequence, forget=forget)
         self.waiting.insert(0 if sequence.request.urgent else self._urgent_waiting, sequence)
         self.preemptions += 1
 
@@ -260,10 +250,8 @@ class Scheduler:
         """How many of the first waiting ones are urgent."""
         return sum(1 for _ in takewhile(lambda sequence: sequence.request.urgent, self.waiting))
 
-    def _release(self, sequence: Sequence, *, wipe: bool) -> None:
-        if sequence.place is not None:
-            self.slabs.free(sequence.place, wipe=wipe)
-            sequence.place = None
+    def _release(self, sequence: Sequence, *, forget: bool) -> None:
+        self.room.leave(sequence, forget=forget)
         if not sequence.request.merged:
             for adapter, _ in sequence.request.mix:
                 self.slots.release(adapter)

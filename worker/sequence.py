@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from loramill.kernels.mixes import Mix as SlotMix
 from loramill.worker.request import Mix, Request, TokenLogprob
-from loramill.worker.slabs import Place
 from loramill.worker.slots import Load
 
 
@@ -23,7 +22,12 @@ class Sequence:
     """How many of `tokens` have their keys and values in the cache."""
     slots: SlotMix = ()
     """The slots of its mix while it runs, none if the mix is merged."""
-    place: Place | None = None
+    pages: list[int] = field(default_factory=list)
+    """Of the cache, while it runs: room for all of `tokens`."""
+    line: int = -1
+    """Of the table that holds them as well."""
+    shared: int = 0
+    """How many of `tokens` it found computed when it started."""
     started: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -39,6 +43,11 @@ class Sequence:
     def weights(self) -> Mix:
         """The mix that must be merged into the base's weights while this runs."""
         return self.request.mix if self.request.merged else ()
+
+    @property
+    def computed_with(self) -> tuple[Mix, bool]:
+        """What keys and values depend on beside the tokens: merged, they are rounded otherwise."""
+        return self.request.mix, self.request.merged
 
     @property
     def amid_prompt(self) -> bool:
@@ -67,6 +76,11 @@ class Chunk(NamedTuple):
     start: int
     size: int
     samples: bool
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the first since the sequence started."""
+        return self.start == self.sequence.shared
 
 
 class Step(NamedTuple):

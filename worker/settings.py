@@ -62,6 +62,7 @@ class ModelOptions(AdapterOptions):
     max_num_batched_tokens: int = 8192
     kv_cache_memory: int | None = None
     """Bytes; None lets the engine choose."""
+    no_prefix_sharing: bool = False
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -217,6 +218,7 @@ MODEL_FLAGS = [
     DEVICE,
     flag("--kv-cache-memory", callback=size, default="auto", metavar="auto|SIZE",
          help="Memory for keys and values, such as 4GiB."),
+    flag("--no-prefix-sharing", is_flag=True, help="Compute what prompts have in common for each of them."),
     SEED,
 ]  # fmt: skip
 """And how an engine serves it."""

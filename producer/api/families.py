@@ -22,6 +22,7 @@ STATES = ("loading", "ready", "draining")
 # Name, what it is, and where it is in the engine's statistics.
 ENGINE_COUNTERS = (
     ("prompt_tokens", "Prompt tokens computed.", ("prompt_tokens",)),
+    ("prompt_tokens_shared", "Prompt tokens that another row had computed.", ("prompt_tokens_shared",)),
     ("completion_tokens", "Tokens generated.", ("completion_tokens",)),
     ("batch_rows", "Sequences in passes, summed up over passes.", ("batch_rows",)),
     ("batch_places", "Places for sequences in passes, summed up over passes.", ("batch_places",)),
@@ -39,7 +40,7 @@ ENGINE_GAUGES = (
     ("running_sequences", "Sequences that run now.", "running"),
     ("places", "Sequences that can run at once.", "places"),
     ("resident_adapters", "Adapters in device slots.", "resident"),
-    ("kv_used_tokens", "Tokens of the key-value cache that are reserved.", "kv_used"),
+    ("kv_used_tokens", "Tokens of the key-value cache in pages that sequences have.", "kv_used"),
     ("kv_capacity_tokens", "Tokens of the key-value cache.", "kv_tokens"),
 )
 

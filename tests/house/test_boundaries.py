@@ -79,7 +79,8 @@ SLOW = {"torch", "triton", "transformers", "safetensors", "peft", "celery", "kom
 
 # Decide, and do nothing else: no torch, no files, no clock, neither here nor in what they import.
 PURE = (
-    *("worker/scheduler.py", "worker/slots.py", "worker/forecast.py", "worker/pressure.py"),
+    *("worker/scheduler.py", "worker/room.py", "worker/pages.py", "worker/slots.py"),
+    *("worker/forecast.py", "worker/pressure.py"),
     *("producer/plan.py", "producer/waves.py", "producer/units.py", "producer/work.py", "producer/costs.py"),
     *("producer/modes.py", "producer/predict.py", "producer/traffic.py", "producer/explain.py"),
     "producer/shards.py",

@@ -43,6 +43,7 @@ VALUES = {
     "--device": ("cpu", "cpu"),
     "--devices": ("cpu,cpu", "cpu,cpu"),
     "--kv-cache-memory": ("4GiB", 4 * 2**30),
+    "--no-prefix-sharing": ("1", True),
     "--chat-template": ("t.jinja", Path("t.jinja")),
     "--limit": ("10", 10),
     "--seed": ("18446744073709551615", 2**64 - 1),

@@ -16,8 +16,8 @@ from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache
 from loramill.worker.model import BaseInfo, Model
 from loramill.worker.request import Request, Sampling
+from loramill.worker.room import Room
 from loramill.worker.sequence import Chunk, Sequence
-from loramill.worker.slabs import Slabs
 
 PROMPT = [5, 9, 11, 40, 3, 96, 17]
 TOKENS = 8
@@ -72,11 +72,11 @@ def load(base: BaseInfo, dtype: str = "float32") -> Model:
 
 def logits(model: Model, prompt: list[int]) -> Tensor:
     """Logits [T, vocab] over one prompt that goes through no adapter slot."""
-    slabs = Slabs(1, 64)
+    room = Room(4, 16, rows=1, longest=64)
     sequence = Sequence(Request(0, prompt, Sampling(1)), 0, list(prompt))
-    sequence.place = slabs.allocate(len(prompt))
-    cache = KVCache(model.shapes, 64, model.dtype, model.device)
-    batch = pack([Chunk(sequence, 0, len(prompt), True)], slabs, cache, Router(1, model.device), model.device)
+    assert room.start(sequence, ())
+    cache = KVCache(model.shapes, 4, 16, model.dtype, model.device)
+    batch = pack([Chunk(sequence, 0, len(prompt), True)], room.tables, cache, Router(1, model.device), model.device)
     batch.outputs = torch.arange(len(prompt))
     return model.forward(batch).clone()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loramill.worker import scheduler
+from loramill.worker import room
 from loramill.worker.engine import Engine
 from loramill.worker.model import ModelError
 from loramill.worker.request import FinishReason, Request, Result, Sampling, plain
@@ -49,12 +49,12 @@ def test_a_sampled_row_gives_the_same_tokens_whatever_it_is_batched_with(
 
 
 def test_a_small_cache_changes_no_answer(make_engine: Make, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows grow from little room, move, give way and start over; what they say stays the same."""
+    """Rows grow page by page, give way and start over; what they say stays the same."""
     rows = [Request(k, prompt, Sampling(200, temperature=0, ignore_eos=True)) for k, prompt in enumerate(prompts(6))]
     roomy = make_engine()
     expected = tokens(answer(roomy, rows))
     per_token = 3 * 2 * (16 + 16) * 4
-    monkeypatch.setattr(scheduler, "GROWTH_TOKENS", 16)
+    monkeypatch.setattr(room, "GROWTH_TOKENS", 16)
     tight = make_engine(kv_cache_memory=3 * 256 * per_token)
     assert tokens(answer(tight, rows)) == expected
     assert tight.stats.preemptions > 0, "the cache was meant to be too small for all"
@@ -104,7 +104,7 @@ def test_n_answers_come_together_in_order_and_differ(make_engine: Make, answer: 
 
 
 def test_a_row_that_turns_to_nan_fails_alone(make_engine: Make, answer: Answer) -> None:
-    # One capacity class for all, so that the later rows get the poisoned rows' places in the cache.
+    # Pages that came free last are given out first: the later rows get those of the poisoned ones.
     fine = [Request(0, [9] * 35, Sampling(6, temperature=0, ignore_eos=True))]
     fine += [Request(key, [7, 8], Sampling(40, temperature=0, ignore_eos=True)) for key in (1, 2, 3)]
     healthy = tokens(answer(make_engine(), fine))

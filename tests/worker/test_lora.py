@@ -13,7 +13,7 @@ from loramill.kernels.mixes import only
 from loramill.kernels.multi_lora import Routing
 from loramill.kernels.segments import segments_of
 from loramill.worker import lora
-from loramill.worker.batch import Batch, Places, Probe, running
+from loramill.worker.batch import Batch, Probe, running
 from loramill.worker.lora import FusedLinear, install
 from loramill.worker.packed import Delta
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 def batch(mix: list[tuple[int, int]]) -> Batch:
     routing = Routing(segments_of((only(slot) if slot >= 0 else (), rows) for slot, rows in mix), CPU)
-    return Batch(None, none, none, Places(none, none, none), none, routing, routing, [], [], none)  # type: ignore[arg-type]
+    return Batch(None, none, none, none, None, none, routing, routing)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -42,27 +42,6 @@ def test_mixed_adapters_with_chunks_eviction_and_reuse(
     assert max(len(prompt) for prompt, _ in rows) > 40, "some prompt was cut"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-def test_prompts_that_attend_by_plain_products(
-    name: str,
-    family: Callable[[str], Any],
-    make_engine: Callable[..., Engine],
-    answer: Callable[[Engine, list[Request]], dict[int, Result]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Else only bfloat16 does, which no other program's tokens can be held against.
-    monkeypatch.setattr("loramill.worker.attention._by_products", lambda query, length: True)
-    monkeypatch.setattr("loramill.worker.attention.SCORES_AT_ONCE", 8000)  # two prompts of 30 at once, and a last one
-    one = family(name)
-    rows = mixed_rows(seed=3)
-    expected = peft_answers(one, rows)
-    engine = make_engine(name, max_loras_per_batch=5, max_num_seqs=12, max_num_batched_tokens=200)
-    requests = requests_of(one, rows)
-    results = answer(engine, requests)
-    for key, tokens in enumerate(expected):
-        assert results[key].completions[0].token_ids == tokens, f"row {key}, adapter {rows[key][1]}"
-
-
 @pytest.mark.parametrize("form", ["torch", "triton"])
 def test_tiles_as_a_device_takes_them(
     form: str,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from loramill.worker import scheduler as scheduler_module
 from loramill.worker.request import Mix, Request, Sampling, plain
+from loramill.worker.room import Room
 from loramill.worker.scheduler import Scheduler
 from loramill.worker.sequence import Sequence, Step
-from loramill.worker.slabs import Slabs
 from loramill.worker.slots import Eviction, Load, Slots
 
 
@@ -25,8 +25,11 @@ def mixed(key: int, prompt: int, answer: int, mix: Mix, *, merged: bool = False,
     return Sequence(request, 0, [7] * prompt)
 
 
-def scheduler(*, slots: int = 2, slabs: int = 4, tokens: int = 128, seqs: int = 4, budget: int = 16) -> Scheduler:
-    return Scheduler(Slots(slots), Slabs(slabs, tokens), max_num_seqs=seqs, max_num_batched_tokens=budget)
+def scheduler(
+    *, slots: int = 2, pages: int = 32, seqs: int = 4, budget: int = 16, eviction: Eviction = Eviction.PLAN
+) -> Scheduler:
+    room = Room(pages, 16, rows=seqs, longest=16 * pages)
+    return Scheduler(Slots(slots, eviction), room, max_num_seqs=seqs, max_num_batched_tokens=budget)
 
 
 def run(plan: Scheduler, before_each: Callable[[int], None] = lambda number: None) -> list[list[tuple[int, int, int]]]:
@@ -43,13 +46,10 @@ def run(plan: Scheduler, before_each: Callable[[int], None] = lambda number: Non
         assert len({slot for mix in mixes for slot, _ in mix}) <= plan.slots.capacity
         assert all(chunk.sequence.weights == step.weights for chunk in step.chunks)
         assert all(len(c.sequence.slots) == (0 if step.weights else len(c.sequence.request.mix)) for c in step.chunks)
-        plan.slabs.moves.clear()
         for one, start, size, samples in step.chunks:
             assert start == one.computed
-            assert one.place is not None
-            assert start + size <= one.place.capacity
+            assert len(one.tokens) <= 16 * len(one.pages)
             one.computed += size
-            one.place.length = one.computed
             assert samples == (one.computed == len(one.tokens))
             if samples:
                 one.tokens.append(9)
@@ -83,7 +83,7 @@ def test_a_row_without_a_slot_is_passed_over_not_waited_for() -> None:
 
 
 def test_rows_grow_and_the_youngest_gives_way_when_the_cache_is_full() -> None:
-    plan = scheduler(slabs=2, tokens=1024, seqs=4, budget=2048)
+    plan = scheduler(pages=128, seqs=4, budget=2048)
     rows = [sequence(key, 4, 900) for key in range(4)]
     for one in rows:
         plan.add(one)
@@ -150,11 +150,11 @@ def test_a_row_is_not_passed_over_for_ever(late: Sequence, monkeypatch: pytest.M
 rows = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.sampled_from([None, *"abcd"])), max_size=25)
 
 
-@given(rows, st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(6, 40))
+@given(rows, st.integers(1, 3), st.integers(8, 32), st.integers(1, 6), st.integers(6, 40))
 def test_every_row_is_computed_whole_within_all_limits(
-    mix: list[tuple[int, int, str | None]], slots: int, slabs: int, seqs: int, budget: int
+    mix: list[tuple[int, int, str | None]], slots: int, pages: int, seqs: int, budget: int
 ) -> None:
-    plan = scheduler(slots=slots, slabs=slabs, seqs=seqs, budget=budget)
+    plan = scheduler(slots=slots, pages=pages, seqs=seqs, budget=budget)
     added = [sequence(key, prompt, answer, adapter) for key, (prompt, answer, adapter) in enumerate(mix)]
     for one in added:
         plan.add(one)
@@ -172,7 +172,7 @@ wants = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), mixes, st.boo
 def test_every_mix_is_computed_whole_merged_or_not(
     wanted: list[tuple[int, int, Mix, bool]], eviction: Eviction, slots: int, seqs: int, patience: int
 ) -> None:
-    plan = Scheduler(Slots(slots, eviction), Slabs(3, 128), max_num_seqs=seqs, max_num_batched_tokens=16)
+    plan = scheduler(slots=slots, pages=24, seqs=seqs, eviction=eviction)
     added = [mixed(k, prompt, answer, mix, merged=merged) for k, (prompt, answer, mix, merged) in enumerate(wanted)]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scheduler_module, "PATIENCE", patience)
@@ -186,7 +186,7 @@ def test_every_mix_is_computed_whole_merged_or_not(
 
 @given(rows, st.integers(1, 3))
 def test_a_job_sorted_by_adapter_loads_each_adapter_once(mix: list[tuple[int, int, str | None]], slots: int) -> None:
-    plan = scheduler(slots=slots, slabs=8)
+    plan = scheduler(slots=slots, pages=64)
     mix.sort(key=lambda row: row[2] or "")
     for key, (prompt, answer, adapter) in enumerate(mix):
         plan.add(sequence(key, prompt, answer, adapter))
@@ -245,7 +245,7 @@ asked = st.tuples(st.integers(1, 30), st.integers(1, 30), mixes, st.booleans(), 
 def test_urgent_rows_come_first_and_every_row_is_computed_whole(
     wanted: list[tuple[int, int, Mix, bool, bool, int]], eviction: Eviction, seqs: int, patience: int
 ) -> None:
-    plan = Scheduler(Slots(3, eviction), Slabs(3, 128), max_num_seqs=seqs, max_num_batched_tokens=16)
+    plan = scheduler(slots=3, pages=24, seqs=seqs, eviction=eviction)
     added = [
         mixed(key, prompt, answer, mix, merged=merged, urgent=urgent)
         for key, (prompt, answer, mix, merged, urgent, _) in enumerate(wanted)
@@ -269,3 +269,18 @@ def test_urgent_rows_come_first_and_every_row_is_computed_whole(
             run(plan, check)
     assert all(one.generated == one.request.sampling.max_tokens for one in added)
     assert not plan.slots._running
+
+
+def test_rows_of_one_pass_share_what_one_of_them_computes() -> None:
+    plan = scheduler(seqs=3, budget=100)
+    for key, prompt in enumerate([40, 40, 33]):
+        plan.add(sequence(key, prompt, 1))
+    plan.add(sequence(3, 40, 1, "a"))
+    assert run(plan) == [[(0, 0, 40), (1, 32, 8), (2, 32, 1)], [(3, 0, 40)]]
+
+
+def test_an_evicted_prefix_is_computed_again() -> None:
+    plan = scheduler(pages=4, seqs=1, budget=100)
+    for key, (prompt, adapter) in enumerate([(40, None), (40, None), (60, "a"), (40, None)]):
+        plan.add(sequence(key, prompt, 1, adapter))
+    assert run(plan) == [[(0, 0, 40)], [(1, 32, 8)], [(2, 0, 60)], [(3, 0, 40)]]
