@@ -41,9 +41,9 @@ def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> 
     """Put k [T, kv_heads, key_dim] and v [T, kv_heads, value_dim] at `lines` [T] int64 of the cache, each page * size +
     place."""
     if keys.is_cuda:
-        from loramill.kernels import attention_triton
+        from loramill.kernels import store_triton
 
-        return attention_triton.store(keys, values, k, v, lines)
+        return store_triton.store(keys, values, k, v, lines)
     size = keys.shape[2]
     page, place = lines // size, lines % size
     keys[page, :, place] = k

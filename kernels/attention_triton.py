@@ -19,34 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from loramill.kernels.attention import Pages
-from loramill.kernels.blocks import Blocks
+from loramill.kernels.blocks import DECODE_ROWS, MOST_PARTS, attend_blocks, combine_blocks, padded
 from loramill.kernels.jit import DTYPES, Variant, dot, kernel, rounded, variant
+from loramill.kernels.store_triton import PAGE, check_cache, side_by_side, store_variant
 
 LOG2E = log2(e)
 NO_WINDOW = 2**31 - 1
-DECODE_ROWS = 16
-"""Rows of a tile of a sequence with one query row: the least that tensor cores take, mostly more than a group has."""
-MOST_PARTS = 32
-"""Parts of a long cache at most: what one program adds."""
 PART_KEYS = 128
 """Keys that a part should at least have."""
 PROGRAMS = 4
 """Programs for each processor that a split aims at. Two of them are resident at once with 96 KiB of keys and values in
 flight, so this is two rounds. Not measured."""
-
-
-def attend_blocks(dim: int, itemsize: int, aligned: bool, hip: bool, one: bool) -> tuple[int, Blocks]:
-    """Rows of a tile, and the keys (n) that are met at once; `dim` is the padded head size.
-
-    What spills nothing: float32 multiplies without tensor cores, and AMD's masked loads take scalar registers by key.
-    """
-    if not aligned:
-        return DECODE_ROWS, Blocks(16, dim, 4, 2)
-    if itemsize == 4:
-        return 16 if one or dim > 128 else 32, Blocks(32 if dim <= 64 and not hip else 16, dim, 4, 3 if one else 2)
-    if one:
-        return DECODE_ROWS, Blocks((64 if dim <= 128 else 32) // (2 if hip else 1), dim, 4, 3)
-    return 128 if dim <= 128 else 64, Blocks(16 if hip else 64 if dim <= 64 else 32, dim, 8, 3)
 
 
 @triton.jit
@@ -162,23 +145,6 @@ def _combine(  # type: ignore[no-untyped-def]
     tl.store(out_at, rounded(answer, out.dtype.element_ty), mask=d < VALUE_DIM)
 
 
-def _store(  # type: ignore[no-untyped-def]
-    keys, values, k, v, lines,
-    k_row, k_head, v_row, v_head, key_page, value_page, kv_heads,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    line = tl.load(lines + row)
-    page, place = line // PAGE, line % PAGE
-    keep_k, keep_v = (head < kv_heads) & (d < KEY_DIM), (head < kv_heads) & (d < VALUE_DIM)
-    new_k = tl.load(k + row * k_row + head * k_head + d, mask=keep_k)
-    tl.store(keys + page * key_page + (head * PAGE + place) * KEY_DIM + d, new_k, mask=keep_k)
-    new_v = tl.load(v + row * v_row + head * v_head + d, mask=keep_v)
-    tl.store(values + page * value_page + (head * PAGE + place) * VALUE_DIM + d, new_v, mask=keep_v)
-
-
 ATTEND = kernel(
     _attend,
     wide=(
@@ -188,17 +154,6 @@ ATTEND = kernel(
     reduced="BLOCK_D",
 )
 COMBINE = kernel(_combine, wide=("out", "partial", "softmax", "out_row", "out_head"), reduced="BLOCK_D")
-STORE = kernel(
-    _store,
-    wide=("keys", "values", "k", "v", "k_row", "k_head", "v_row", "v_head", "key_page", "value_page"),
-    reduced="BLOCK_D",
-)
-
-
-def padded(*dims: int) -> int:
-    """The power of two that a head of these sizes takes."""
-    size: int = triton.next_power_of_2(max(*dims, 16))
-    return size
 
 
 @cache
@@ -210,25 +165,6 @@ def processors(device: torch.device) -> int:
 def parts_of(programs: int, keys: int, processors: int) -> int:
     """How many parts the caches of `programs` (sequence, KV head) pairs with room for `keys` keys are cut into."""
     return max(1, min(PROGRAMS * processors // max(1, programs), -(-keys // PART_KEYS), MOST_PARTS))
-
-
-def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> None:
-    """`attention.store` on a device."""
-    check_cache(keys, values)
-    rows, kv_heads, _ = k.shape
-    blocks = store_blocks(padded(k.shape[2], v.shape[2]))
-    STORE.launch(
-        (rows, -(-kv_heads // blocks.n)),
-        {
-            **{"keys": keys, "values": values, "k": side_by_side(k), "v": side_by_side(v), "lines": lines},
-            **{"k_row": k.stride(0), "k_head": k.stride(1), "v_row": v.stride(0), "v_head": v.stride(1)},
-            **{"key_page": keys.stride(0), "value_page": values.stride(0), "kv_heads": kv_heads},
-        },
-        blocks,
-        KEY_DIM=k.shape[2],
-        VALUE_DIM=v.shape[2],
-        PAGE=keys.shape[2],
-    )
 
 
 def attend(
@@ -265,7 +201,7 @@ def attend(
         **{"parts": parts, "tiles": tiles, "scale": scale / softcap if softcap else scale * LOG2E},
         "softcap": softcap * LOG2E if softcap else 0.0,
     }
-    which = padded(key_dim, value_dim), q.dtype.itemsize, ATTEND.is_aligned(wide), torch.version.hip is not None
+    which = padded(max(key_dim, value_dim)), q.dtype.itemsize, ATTEND.is_aligned(wide), torch.version.hip is not None
     shape = {"KEY_DIM": key_dim, "VALUE_DIM": value_dim, "PAGE": page, "CAPPED": bool(softcap)}
     height, blocks = attend_blocks(*which, one=True)
     ATTEND.launch((sequences * tiles, kv_heads, parts), given, blocks, BLOCK_M=height, ONE=True, **shape)
@@ -282,51 +218,16 @@ def scratch(like: Tensor, rows: int, parts: int, columns: int) -> Tensor:
     return torch.empty(rows * parts * columns if parts > 1 else 0, dtype=torch.float32, device=like.device)
 
 
-def combine_blocks(dim: int) -> Blocks:
-    """All parts at once."""
-    return Blocks(MOST_PARTS, dim, 4, 1)
-
-
-def store_blocks(dim: int) -> Blocks:
-    """Heads that one program stores."""
-    return Blocks(max(1, 1024 // dim), dim, 4, 1)
-
-
-def side_by_side(x: Tensor) -> Tensor:
-    """The same tensor.
-
-    Raises:
-        ValueError: the numbers of its last dimension do not stand side by side.
-    """
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"a kernel wants a contiguous last dimension, not strides {x.stride()} for {list(x.shape)}")
-    return x
-
-
-def check_cache(keys: Tensor, values: Tensor) -> None:
-    """A layer's cache as the kernels walk it.
-
-    Raises:
-        ValueError: a page is not contiguous, or the two are of different pages.
-    """
-    for cache_of in (keys, values):
-        _, _, size, dim = cache_of.shape
-        if cache_of.stride()[1:] != (size * dim, dim, 1):
-            raise ValueError(f"a page of the cache must be contiguous, not with strides {cache_of.stride()}")
-    if keys.shape[:3] != values.shape[:3]:
-        raise ValueError(f"keys and values must be of the same pages, not {list(keys.shape)} and {list(values.shape)}")
-
-
-HEAD_DIMS, CAPPED_DIMS, SMALL_DIM, PAGE = (64, 80, 96, 128, 256), (128, 256), 16, 16
-"""What is compiled ahead of time: the usual head sizes, those of models that cap their scores (Gemma 2), one that only
-toys have, in the plain form, and the page of the engine's cache."""
+HEAD_DIMS, CAPPED_DIMS, SMALL_DIM = (64, 80, 96, 128, 256), (128, 256), 16
+"""What is compiled ahead of time: the usual head sizes, those of models that cap their scores (Gemma 2), and one that
+only toys have, in the plain form."""
 
 
 def attention_variants(hip: bool) -> Iterator[Variant]:
     """The programs that this module launches for the sizes above; those of float16 are bfloat16's, the type apart."""
     shapes = [(dim, False) for dim in (*HEAD_DIMS, SMALL_DIM)] + [(dim, True) for dim in CAPPED_DIMS]
     for dtype in (torch.float32, torch.bfloat16):
-        pointers = dict.fromkeys(("out", "q", "keys", "values", "k", "v"), DTYPES[dtype])
+        pointers = dict.fromkeys(("out", "q", "keys", "values"), DTYPES[dtype])
         for dim, capped in shapes:
             size, aligned = padded(dim), dim != SMALL_DIM
             dims = {"KEY_DIM": dim, "VALUE_DIM": dim, "PAGE": PAGE}
@@ -336,4 +237,4 @@ def attention_variants(hip: bool) -> Iterator[Variant]:
                 yield variant(ATTEND, aligned, pointers, blocks, hip, **known)
             if not capped:
                 yield variant(COMBINE, aligned, pointers, combine_blocks(size), hip, VALUE_DIM=dim)
-                yield variant(STORE, aligned, pointers, store_blocks(size), hip, **dims)
+                yield store_variant(dim, DTYPES[dtype], aligned, hip)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loramill.kernels.attention_triton import PAGE, check_cache, padded, side_by_side
-from loramill.kernels.blocks import Blocks
+from loramill.kernels.blocks import GATED_BLOCKS, norm_blocks, rope_blocks
 from loramill.kernels.jit import DTYPES, Variant, kernel, rounded, variant
+from loramill.kernels.store_triton import PAGE, check_cache, side_by_side
 
 WIDEST = 16384
 """The most columns that one program normalizes: 32 numbers in each of its threads."""
@@ -121,19 +121,6 @@ ROPE = kernel(
     reduced="BLOCK_D",
 )
 GATED = kernel(_gated, wide=("y", "gate_up", "gate_up_row", "columns"), reduced="BLOCK_D")
-GATED_BLOCKS = Blocks(1, 1024, 4, 1)
-
-
-def norm_blocks(columns: int) -> Blocks:
-    """A whole row in one program, 32 numbers in each thread at most."""
-    size = triton.next_power_of_2(columns)
-    return Blocks(1, size, max(1, min(16, size // 512)), 1)
-
-
-def rope_blocks(dim: int) -> Blocks:
-    """Heads that one program turns, and half of a head."""
-    half = padded(dim) // 2
-    return Blocks(max(1, 1024 // half), half, 4, 1)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

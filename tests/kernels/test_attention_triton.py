@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 
 from loramill.kernels import attention_triton
 from loramill.kernels.attention import Pages
-from loramill.kernels.attention_triton import MOST_PARTS, PROGRAMS, attend, parts_of, store
+from loramill.kernels.attention_triton import PROGRAMS, attend, parts_of
+from loramill.kernels.blocks import MOST_PARTS
+from loramill.kernels.store_triton import store
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
