@@ -21,6 +21,7 @@ from loramill.kernels.router import Router
 from loramill.kernels.routing import TileRouting
 from loramill.worker.batch import Batch
 from loramill.worker.cache import KVCache
+from loramill.worker.memory import ran_out
 
 PATIENCE = 16
 """Passes of a size that go through a larger graph, if there is one, before they get their own: a job's last rows pass
@@ -76,6 +77,8 @@ class Graphs:
         self._tables = torch.zeros(max_num_seqs, max_pages_per_row, dtype=torch.int32, device=router.device)
         self._captured: dict[Size, Captured] = {}
         self._asked: Counter[Size] = Counter()
+        self.refused: str | None = None
+        """Why this model cannot be captured, once that is known."""
         self._logits: Tensor | None = None
         self._pool: Any = None
 
@@ -88,7 +91,7 @@ class Graphs:
         """Logits [T, vocab] of a pass in which every row has one token and gets the next, until the next call; None for
         another pass, which must be run as it is."""
         routing, rows = batch.routing, batch.tokens.shape[0]
-        if batch.pages.longest_query > 1 or batch.outputs.shape[0] != rows or rows > self._most:
+        if self.refused or batch.pages.longest_query > 1 or batch.outputs.shape[0] != rows or rows > self._most:
             return None
         if not isinstance(routing, TileRouting) or routing.mixes is not self._router.plain:
             return None  # mixes of several adapters have a table of their own each time
@@ -96,7 +99,14 @@ class Graphs:
         self._asked[wanted] += 1
         size = choose(wanted, self._captured, self._asked[wanted])
         if size not in self._captured:
-            self._capture(size, batch)
+            try:
+                self._capture(size, batch)
+            except RuntimeError as error:
+                if ran_out(error):
+                    raise
+                # Such as a rotary embedding that asks the device for the longest position.
+                self.refused = str(error)
+                return None
         one = self._captured[size]
         fill(one.batch, batch, self.scratch_page)
         one.graph.replay()

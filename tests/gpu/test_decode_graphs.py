@@ -75,3 +75,19 @@ def test_a_graph_serves_more_segments_and_longer_rows_than_at_capture(
     assert len(graphs) == 0
     answer(engine, requests(200, 8, 30, hashes))
     assert len(graphs) > 0
+
+
+def test_a_model_that_waits_for_the_device_runs_without_graphs(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine("llama", device="cuda", max_num_seqs=4)
+    expected, forward = engine.next_logits([7]), engine._model.forward
+
+    def asks(batch: Batch) -> Tensor:
+        assert int(batch.positions.max()) >= 0
+        return forward(batch)
+
+    engine._model.forward = asks  # type: ignore[method-assign]
+    graphs = with_graphs(engine, replayed)
+    for _ in range(2):
+        torch.testing.assert_close(engine.next_logits([7]), expected)
+        assert graphs.refused
+        assert len(graphs) == 0
