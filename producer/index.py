@@ -43,6 +43,8 @@ class Index:
     prompt_tokens: NDArray[np.int32]
     prompt_hash: NDArray[np.int64]
     """Equal for equal prompts."""
+    begins: NDArray[np.int64]
+    """How prompts begin, as `prefixes.beginnings`."""
     max_tokens: NDArray[np.int32]
     """Resolved: the most tokens that one answer of the row can have."""
     n: NDArray[np.int32]

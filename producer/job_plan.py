@@ -99,7 +99,7 @@ class Draft:
         self.mix = np.array([*(numbers[mix] for mix in mixes), -1], np.int32)[index.mix[left]]
         self.prompt = index.prompt_tokens[left].astype(np.int64)
         self.answer = index.max_tokens[left].astype(np.int64) * index.n[left]
-        self.prompt_hash = index.prompt_hash[left]
+        self.prompt_hash, self.begins = index.prompt_hash[left], index.begins[left]
         self._adapters = adapters
         self._content = {sha256: number for number, sha256 in enumerate(adapters)}
 
@@ -157,6 +157,7 @@ class Draft:
             [self._facts(mix) for mix in self.mixes],
             limits,
             prompt_hash=self.prompt_hash,
+            begins=self.begins,
             mode=mode,
             order=order,
             costs=costs,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from loramill.producer.costs import Costs
 from loramill.producer.modes import Decision, decide
 from loramill.producer.predict import Predicted, predict
+from loramill.producer.prefixes import turns
 from loramill.producer.waves import Limits, MixFacts, Mode, Wave, arrange, arrange_in_turn
 from loramill.producer.work import measure
 
@@ -41,6 +42,7 @@ def plan(
     limits: Limits,
     *,
     prompt_hash: NDArray[np.int64] | None = None,
+    begins: NDArray[np.int64] | None = None,
     mode: Literal["auto", "dynamic", "static"] = "auto",
     order: Literal["throughput", "input"] = "throughput",
     costs: Costs | None = None,
@@ -50,6 +52,8 @@ def plan(
 
     mix: (rows,) position in `facts`, -1 for the base.  prompt_tokens, answer_tokens: (rows,); answers at their longest.
     prompt_hash: (rows,) equal for equal prompts, if such rows are to be side by side: their answers can be shared.
+    begins: (rows,) how prompts begin (`prefixes.beginnings`), if rows of a mix that begin alike are to be together:
+    what they have in common is then computed once.
     decided: what an earlier run of the same job decided, kept as it is.
 
     `throughput` serves all dynamic waves, which run on into one another, and then one static wave for each merged mix,
@@ -69,31 +73,23 @@ def plan(
     merged = np.zeros(len(facts) + 1, bool)  # the base, -1, is the last
     merged[[number for number, one in decisions.items() if one.mode is Mode.STATIC]] = True
     is_static, cost = merged[mix], prompt + answer
+    turn = turns(mix, cost, begins, prompt_hash)
     waves: list[Wave] = []
     for start in range(0, len(mix), size):
         rows = np.arange(start, min(start + size, len(mix)))
-        if prompt_hash is not None and order == "throughput":
-            rows = _twins_together(prompt_hash)
         dynamic, static = rows[~is_static[rows]], rows[is_static[rows]]
         if order == "throughput":
-            waves += arrange(dynamic, mix, cost, facts, limits)
+            waves += arrange(dynamic, mix, cost, turn, facts, limits)
         else:
             waves += arrange_in_turn(dynamic, mix, facts, limits)
-        waves += _static_waves(static, mix, cost)
+        waves += _static_waves(static, mix, cost, turn)
     all_rows = np.concatenate([wave.rows for wave in waves]) if waves else np.empty(0, np.int64)
     return Plan(waves, all_rows, decisions, predict(waves, work, facts, limits, costs))
 
 
-def _twins_together(prompt_hash: NDArray[np.int64]) -> Ints:
-    """All positions: rows of one prompt after the first of them, otherwise in input order. What orders rows by cost
-    afterwards leaves those of equal cost as they are."""
-    _, first, prompt = np.unique(prompt_hash, return_index=True, return_inverse=True)
-    return np.arange(len(prompt)) if len(first) == len(prompt) else np.argsort(first[prompt], kind="stable")
-
-
-def _static_waves(rows: Ints, mix: NDArray[np.int32], cost: Ints) -> Iterator[Wave]:
-    """One wave a mix, its rows longest first; the mix with the most tokens first, so that a job ends on small tails."""
-    ordered = rows[np.lexsort((-cost[rows], mix[rows]))]
+def _static_waves(rows: Ints, mix: NDArray[np.int32], cost: Ints, turn: Ints) -> Iterator[Wave]:
+    """One wave a mix, its rows in turn; the mix with the most tokens first, so that a job ends on small tails."""
+    ordered = rows[np.lexsort((turn[rows], mix[rows]))]
     parts = np.split(ordered, np.flatnonzero(np.diff(mix[ordered])) + 1) if len(rows) else []
     for part in sorted(parts, key=lambda part: -int(cost[part].sum())):
         yield Wave(Mode.STATIC, (int(mix[part[0]]),), part)

@@ -27,7 +27,7 @@ class Unit:
     work: int
     """Tokens."""
     rows: Ints
-    """Positions; those of one set together, longest first."""
+    """Positions; those of one set together, in turn."""
 
     def take(self, count: int) -> Ints:
         """Take away the first rows, at most `count`."""
@@ -36,18 +36,24 @@ class Unit:
 
 
 def units(
-    rows: Ints, mix: NDArray[np.int32], cost: Ints, facts: Sequence[tuple[frozenset[int], int]], slots: int
+    rows: Ints,
+    mix: NDArray[np.int32],
+    cost: Ints,
+    turn: Ints,
+    facts: Sequence[tuple[frozenset[int], int]],
+    slots: int,
 ) -> tuple[list[Unit], Unit, list[list[Unit]]]:
     """(units that need slots, the rows that need none as one unit, chains of units).
 
-    facts: of each mix the adapters that need a slot, and its rank.  No adapter is in two units, except in those of a
-    chain: sets that overlap and do not fit the slots together, cut so that neighbours share as much as they can.
+    turn: (all rows,) the order of rows of one set.  facts: of each mix the adapters that need a slot, and its rank.
+    No adapter is in two units, except in those of a chain: sets that overlap and do not fit the slots together, cut so
+    that neighbours share as much as they can.
 
     Raises:
         ValueError: a mix of `rows` needs more than `slots` adapters at once.
     """
     sets, rank_of, set_of_mix = _sets(np.unique(mix[rows]), facts, slots)
-    by_set = _group(rows, set_of_mix[mix[rows]], cost[rows], len(sets))
+    by_set = _group(rows, set_of_mix[mix[rows]], turn[rows], len(sets))
     spare = Unit(-1, frozenset(), 0, 0, by_set[0])
 
     def unit(numbers: list[int]) -> Unit:
@@ -87,9 +93,9 @@ def _sets(
     return list(number_of), rank_of, set_of_mix
 
 
-def _group(rows: Ints, number: Ints, cost: Ints, count: int) -> list[Ints]:
-    """The positions of each set, longest first; equal rows stay in input order."""
-    order = np.lexsort((-cost, number))
+def _group(rows: Ints, number: Ints, turn: Ints, count: int) -> list[Ints]:
+    """The positions of each set, in turn."""
+    order = np.lexsort((turn, number))
     return np.split(rows[order], np.cumsum(np.bincount(number, minlength=count))[:-1])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from loramill.producer.prefixes import beginnings
 from loramill.schemas.errors import ErrorCode, LineError, invalid
 from loramill.schemas.names import Names, Uses
 from loramill.schemas.prompt import Prompter
@@ -104,6 +105,7 @@ class _Scan:
         self._mix = array("i")
         self._prompt_tokens = array("i")
         self._prompt_hash = array("q")
+        self._begins = array("q")
         self._max_tokens = array("i")
         self._n = array("i")
         self._endpoints: set[str] = set()
@@ -129,6 +131,7 @@ class _Scan:
         self._length.append(len(raw))
         self._prompt_tokens.append(0)
         self._prompt_hash.append(0)
+        self._begins.append(0)
         self._max_tokens.append(0)
         self._n.append(0)
         try:
@@ -163,6 +166,7 @@ class _Scan:
                     raise prompt
                 self._prompt_tokens[position] = len(prompt)
                 self._prompt_hash[position] = hash(tuple(prompt))  # of integers: the same in every process
+                self._begins[position] = beginnings(prompt)
                 self._max_tokens[position] = resolve_max_tokens(
                     row.params, len(prompt), self._prompters.base.limits.max_model_len
                 )
@@ -197,6 +201,7 @@ class _Scan:
             mix=np.frombuffer(self._mix, np.int32)[valid],
             prompt_tokens=np.frombuffer(self._prompt_tokens, np.int32)[valid],
             prompt_hash=np.frombuffer(self._prompt_hash, np.int64)[valid],
+            begins=np.frombuffer(self._begins, np.int64)[valid],
             max_tokens=np.frombuffer(self._max_tokens, np.int32)[valid],
             n=np.frombuffer(self._n, np.int32)[valid],
             mixes=list(self._mixes)[1:],

@@ -78,20 +78,21 @@ class Wave:
 
 
 def arrange(
-    rows: Ints, mix: NDArray[np.int32], cost: Ints, facts: Sequence[MixFacts], limits: Limits
+    rows: Ints, mix: NDArray[np.int32], cost: Ints, turn: Ints, facts: Sequence[MixFacts], limits: Limits
 ) -> Iterator[Wave]:
     """The dynamic waves of `rows` (positions) in the order that keeps the batch full and loads each adapter once.
 
     mix: (all rows,) mix of each, -1 for the base.  cost: (all rows,) tokens, prompt and answer.
+    turn: (all rows,) their order where nothing else decides (`prefixes.turns`).
 
-    The rows of one adapter keep together, longest first, so that its short rows fill the gaps at its end. An adapter
-    is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile pays for the largest
-    rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first, as many at a time as
-    have slots, and rows of the base, or else of the heaviest adapters, fill up the batch beside them: of their own
-    rank class while there are any, since an empty place costs more than a padded one.
+    The rows of one adapter keep together, the longest in front, so that its short rows fill the gaps at its end. An
+    adapter is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile pays for the
+    largest rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first, as many at a
+    time as have slots, and rows of the base, or else of the heaviest adapters, fill up the batch beside them: of their
+    own rank class while there are any, since an empty place costs more than a padded one.
     """
     members = [(limits.needed(one), one.rank) for one in facts]
-    needs, spare, chains = units(rows, mix, cost, members, limits.free)
+    needs, spare, chains = units(rows, mix, cost, turn, members, limits.free)
     for parts in _parts(needs, spare, chains, limits, len(rows)):
         joined = np.concatenate(parts)
         yield Wave(Mode.DYNAMIC, tuple(np.unique(mix[joined]).tolist()), joined)

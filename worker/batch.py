@@ -48,7 +48,7 @@ def pack(
     chunks: Sequence[Chunk], tables: NDArray[np.int32], cache: KVCache, router: Router, device: torch.device
 ) -> Batch:
     """Lay out the chunks of a step, in their order; `tables` are the pages of running rows, a line each."""
-    # Python goes once over rows, never over tokens: 128 decoding rows take 0.1 ms.
+    # Python goes over rows, never over tokens: 256 decoding rows take 0.3 ms beside their routing.
     tokens = [token for c in chunks for token in c.sequence.tokens[c.start : c.start + c.size]]
     starts, sizes, rows = np.array([(c.start, c.size, c.sequence.line) for c in chunks], np.int64).T
     ends = np.cumsum(sizes)
@@ -57,6 +57,9 @@ def pack(
     page, place = np.divmod(positions, cache.page_size)
     lines = tables[rows[of_token], page] * np.int64(cache.page_size) + place
     samples = np.array([c.samples for c in chunks])
+    runs = [(c.sequence.slots, c.size) for c in chunks]
+    ending = [(c.sequence.slots, int(c.samples)) for c in chunks]
+    routing = router.route(runs)
     longest = int(lengths.max())
 
     def on_device(values: NDArray[np.generic]) -> Tensor:
@@ -75,8 +78,8 @@ def pack(
             longest=longest,
         ),
         outputs=on_device(ends[samples] - 1),
-        routing=router.route((c.sequence.slots, c.size) for c in chunks),
-        output_routing=router.route((c.sequence.slots, int(c.samples)) for c in chunks),
+        routing=routing,
+        output_routing=routing if ending == runs else router.route(ending),
     )
 
 

@@ -239,9 +239,8 @@ class Engine:
         give_back(self.device)
         if given_up is None:
             return []
-        sequence = next(s for s in scheduler.waiting if s.request.key == given_up)
         short = f"out of memory with nothing beside it, {ATTEMPTS} times: {' '.join(why.split())[:200]}"
-        return [self._fail(sequence, short, code="out_of_memory")]
+        return self._fail({given_up: (scheduler.waiting.of_row(given_up)[0].request, short)}, "out_of_memory")
 
     def _limit(self) -> None:
         pressure, scheduler = self._pressure, self._scheduler
@@ -259,11 +258,11 @@ class Engine:
     def _emit(self, sequences: list[Sequence], draws: list[Draw]) -> list[Result]:
         """Append the drawn tokens; collect the rows all of whose answers are now complete."""
         finished: list[Result] = []
+        broken = {s.request.key: s.request for s, (token, _) in zip(sequences, draws, strict=True) if token is None}
+        why = "the model's output was not finite (NaN or infinity)"
+        finished += self._fail({key: (request, why) for key, request in broken.items()}, "engine_error")
         for sequence, (token, logprob) in zip(sequences, draws, strict=True):
-            if sequence.request.key not in self._answers:
-                continue  # another answer of this row failed in this very step
-            if token is None:
-                finished.append(self._fail(sequence, "the model's output was not finite (NaN or infinity)"))
+            if token is None or sequence.request.key in broken:
                 continue
             self._stats.completion_tokens += 1
             if self._answers.append(sequence, token, logprob):
@@ -273,25 +272,20 @@ class Engine:
 
     def _fail_rows_of(self, adapters: Mapping[str, str]) -> list[Result]:
         """End every row that asks for an adapter that cannot be had, for which `adapters` says why."""
-        failed: list[Result] = []
-        if not adapters:
-            return failed
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+        rows: dict[int, tuple[Request, str]] = {}
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting) if adapters else ():
             why = next((adapters[adapter] for adapter, _ in sequence.request.mix if adapter in adapters), None)
-            if why is not None and sequence.request.key in self._answers:
-                failed.append(self._fail(sequence, why, code="adapter_unavailable"))
-        return failed
+            if why is not None:
+                rows[sequence.request.key] = sequence.request, why
+        return self._fail(rows, "adapter_unavailable")
 
-    def _fail(self, sequence: Sequence, why: str, code: str = "engine_error") -> Result:
-        """End a row with an error, its other answers included."""
-        key = sequence.request.key
-        scheduler = self._scheduler
-        for other in [s for s in scheduler.running if s.request.key == key]:
-            scheduler.finish(other, failed=True)
-        for other in [s for s in scheduler.waiting if s.request.key == key]:
-            scheduler.waiting.remove(other)
-        self._answers.drop(key)
-        return Result(key, len(sequence.request.prompt), [], error=why, code=code)
+    def _fail(self, rows: Mapping[int, tuple[Request, str]], code: str) -> list[Result]:
+        """End rows with an error, all of their answers, and why."""
+        if rows:
+            self._scheduler.cancel(rows, failed=True)
+        for key in rows:
+            self._answers.drop(key)
+        return [Result(key, len(one.prompt), [], error=why, code=code) for key, (one, why) in rows.items()]
 
     def _to_merge(self, adapters: Iterable[Adapter]) -> int:
         """Bytes to keep for weights with one of these adapters merged in."""

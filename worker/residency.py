@@ -116,7 +116,7 @@ class Residency:
             self._stats.merges += bool(self._merged)
             self._stats.merge_s += time.perf_counter() - began_s
         if step.loads:
-            self._wanted = dict.fromkeys(load.adapter for load in step.loads) | scheduler.wanted
+            self._wanted = dict.fromkeys(load.adapter for load in step.loads) | scheduler.waiting.wanted
             for load in step.loads:
                 failed |= self._load(load)
                 self._wanted.pop(load.adapter)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from loramill.worker.pages import Pool, Prefixes
@@ -38,14 +36,12 @@ class Room:
         """Tokens of the pages that rows have."""
         return (len(self.pool) - self.pool.free) * self.pool.size
 
-    def start(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Give a row that starts its pages; False where those that run would not be left room to grow."""
+    def start(self, sequence: Sequence, kept: int) -> bool:
+        """Give a row that starts its pages; False where fewer than `kept` would be left."""
         shared = self._shared(sequence)
         needed = self.pool.pages_of(len(sequence.tokens)) - len(shared)
         needed += sum(not self.pool.is_owned(page) for page in shared)
-        others = [self._growth(one) for one in running]
-        growth = sum(others) + self._growth(sequence) if others else 0
-        if needed + growth > self.pool.free:
+        if needed + kept > self.pool.free:
             return False
         for page in shared:
             self.pool.hold(page)
@@ -92,7 +88,7 @@ class Room:
         most = min(len(prompt), len(sequence.tokens) - 1) // self.pool.size
         return self._prefixes.find(sequence.computed_with, prompt, most)
 
-    def _growth(self, sequence: Sequence) -> int:
+    def growth(self, sequence: Sequence) -> int:
         """Pages to keep for a row beside those for the tokens that it has."""
         room = min(sequence.longest, len(sequence.tokens) + GROWTH_TOKENS)
         return max(0, self.pool.pages_of(room) - self.pool.pages_of(len(sequence.tokens)))

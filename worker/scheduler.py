@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Container, Iterable
-from itertools import islice, takewhile
+from collections.abc import Collection, Container, Iterable
+from heapq import heapify, heappop, heappush
 
 from loramill.worker.request import Mix
 from loramill.worker.room import Room
 from loramill.worker.sequence import Chunk, Sequence, Step
 from loramill.worker.slots import Load, Slots
+from loramill.worker.waiting import Kind, Waiting, kind_of
 
 PATIENCE = 4096
 """Passes that the first waiting row may be passed over for want of slots, before no other row is admitted until it has
@@ -42,7 +42,7 @@ class Scheduler:
         self.room = room
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.weights: Mix = ()
@@ -53,10 +53,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        if sequence.request.urgent:
-            self.waiting.insert(self._urgent_waiting, sequence)
-        else:
-            self.waiting.append(sequence)
+        self.waiting.add(sequence)
         self._admissible = True
 
     def schedule(self) -> Step:
@@ -75,23 +72,27 @@ class Scheduler:
         chunks.sort(key=lambda chunk: chunk.sequence.slots)
         return Step(self.weights, loads, chunks)
 
-    def finish(self, sequence: Sequence, *, failed: bool = False) -> None:
+    def finish(self, sequence: Sequence) -> None:
         """A running sequence is done: its cache room and its hold on the adapter go."""
         self.running.remove(sequence)
-        self._release(sequence, forget=failed)
+        self._release(sequence)
 
     def cancel_waiting(self) -> list[Sequence]:
         """Drop and return what waits of rows none of whose sequences has started."""
         begun = {s.request.key for s in self.running} | {s.request.key for s in self.waiting if s.started}
         dropped = [s for s in self.waiting if s.request.key not in begun]
-        self.waiting = deque(s for s in self.waiting if s.request.key in begun)
+        for sequence in dropped:
+            self.waiting.remove(sequence)
         return dropped
 
-    def cancel(self, keys: Container[int]) -> None:
+    def cancel(self, keys: Collection[int], *, failed: bool = False) -> None:
         """Drop all sequences of these rows, those that run included."""
-        self.waiting = deque(s for s in self.waiting if s.request.key not in keys)
+        for key in keys:
+            for sequence in self.waiting.of_row(key):
+                self.waiting.remove(sequence)
         for sequence in [s for s in self.running if s.request.key in keys]:
-            self.finish(sequence)
+            self.running.remove(sequence)
+            self._release(sequence, forget=failed)
         self._admissible = True
 
     def start_over(self, loads: Iterable[Load]) -> None:
@@ -102,17 +103,12 @@ class Scheduler:
         for load in loads:
             self.slots.drop(load.adapter)
 
-    @property
-    def wanted(self) -> dict[str, None]:
-        """The adapters that waiting rows need in slots, in the order of the rows."""
-        return {adapter: None for s in self.waiting if not s.request.merged for adapter, _ in s.request.mix}
-
     def _admit(self, budget: int, chunks: list[Chunk]) -> list[Load]:
         """Start waiting rows: what to load for them; they are added to `chunks`."""
         loads: list[Load] = []
         self._choose_weights()
         impatient = self._impatient
-        budget = self._start(budget, chunks, loads, () if impatient else self.wanted, only_first=impatient)
+        budget = self._start(budget, chunks, loads, () if impatient else self.waiting.adapters, only_first=impatient)
         if not self.running:
             # Mixes can hold each other up, each with a part of what the others need.
             budget = self._start(budget, chunks, loads, (), only_first=False)
@@ -123,34 +119,32 @@ class Scheduler:
         self, budget: int, chunks: list[Chunk], loads: list[Load], kept_adapters: Container[str], *, only_first: bool
     ) -> int:
         """Start every row that can be, or none if the first cannot: what is left of the budget."""
-        passed: deque[Sequence] = deque()
-        blocked: set[Mix] = set()
         leaving: set[str] = set()
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting.popleft()
-            able = sequence.weights == self.weights and sequence.request.mix not in blocked
-            if able and not any(sequence.asks_for(adapter) for adapter in leaving):
-                # Cache room first: a load whose row then cannot start would evict for nothing.
-                if not self.room.start(sequence, self.running):
-                    self.waiting.appendleft(sequence)
-                    break
-                urgent = sequence.request.urgent
-                if self._take_slots(sequence, () if urgent else kept_adapters, loads):
-                    sequence.started = True
-                    if sequence is self._first:
-                        self._first = None
-                    self.running.append(sequence)
+        kept_pages = sum(map(self.room.growth, self.running))
+        heads = self.waiting.heads()
+        heapify(heads)
+        while heads and budget and len(self.running) < self.max_num_seqs:
+            _, sequence = heappop(heads)
+            kind = kind_of(sequence)
+            kept = () if kind.urgent else kept_adapters
+            if kind.weights == self.weights and leaving.isdisjoint(kind.adapters):
+                if self.slots.could_place(kind.adapters, kept):
+                    # Cache room first: a load whose row then cannot start would evict for nothing.
+                    growth = self.room.growth(sequence)
+                    if not self.room.start(sequence, kept_pages + growth if self.running else 0):
+                        break
+                    kept_pages += growth
+                    self.waiting.remove(sequence)
+                    loads += self._begin(sequence, kind, kept)
                     budget -= self._compute(sequence, budget, chunks)
+                    if (head := self.waiting.head(kind)) is not None:
+                        heappush(heads, head)
                     continue
-                self.room.leave(sequence)
-                blocked.add(sequence.request.mix)
-                if urgent and not leaving:
-                    leaving = self._leaving(sequence)
-            passed.append(sequence)
+                if kind.urgent and not leaving:
+                    leaving = self._leaving(kind)
+            # Passed over, and with it all of its kind.
             if only_first:
                 break
-        passed.extend(self.waiting)
-        self.waiting = passed
         return budget
 
     def _compute(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
@@ -164,33 +158,35 @@ class Scheduler:
         """The first of the rows that are not urgent comes before those that are, once they have passed it over long."""
         if not self.waiting:
             return
-        first = next((s for s in self.waiting if not s.request.urgent), self.waiting[0])
+        common = self.waiting.first_common
+        first = common or self.waiting.first
         if first is not self._first:
             self._first, self._passed_over = first, 0
         self._passed_over += 1
-        if first is not self.waiting[0] and self._passed_over > WEIGHTS_PATIENCE:
-            self.waiting.remove(first)
-            self.waiting.appendleft(first)
+        if self._passed_over > WEIGHTS_PATIENCE:
+            self.waiting.favoured = common
 
     def _choose_weights(self) -> None:
         """What is merged changes when nothing runs and no row that waits can use it, or the first has waited long."""
-        if not self.waiting:
+        if self.running or not self.waiting:
             return
-        if not self.running and (self._impatient or all(s.weights != self.weights for s in self.waiting)):
-            self.weights = self.waiting[0].weights
+        first = self.waiting.first
+        if first is not None and (self._impatient or not self.waiting.any_with(self.weights)):
+            self.weights = first.weights
 
     @property
     def _impatient(self) -> bool:
         """Whether the first waiting row has been passed over for long enough."""
-        if not self.waiting:
+        first = self.waiting.first
+        if first is None:
             return False
-        if self.waiting[0].request.urgent:
-            return self.waiting[0].weights != self.weights
-        return self._passed_over > (PATIENCE if self.waiting[0].weights == self.weights else WEIGHTS_PATIENCE)
+        if first.request.urgent:
+            return first.weights != self.weights
+        return self._passed_over > (PATIENCE if first.weights == self.weights else WEIGHTS_PATIENCE)
 
-    def _leaving(self, sequence: Sequence) -> set[str]:
-        """The adapters that leave the soonest if no further row of theirs starts: as many as a sequence lacks."""
-        mix = [adapter for adapter, _ in sequence.request.mix]
+    def _leaving(self, kind: Kind) -> set[str]:
+        """The adapters that leave the soonest if no further row of theirs starts: as many as a kind lacks."""
+        mix = kind.adapters
         left: dict[str, int] = {}
         for one in self.running:
             for adapter, _ in one.request.mix if one.slots else ():
@@ -199,17 +195,18 @@ class Scheduler:
         lacking = sum(self.slots.slot(adapter) is None for adapter in mix)
         return set(sorted(able, key=left.__getitem__)[:lacking])
 
-    def _take_slots(self, sequence: Sequence, wanted: Container[str], loads: list[Load]) -> bool:
-        """Give a sequence the slots of its mix, adding to `loads`; False when it can have none now."""
-        if sequence.request.merged:
-            return True
-        adapters = [adapter for adapter, _ in sequence.request.mix]
-        placed = self.slots.place(adapters, wanted)
-        if placed is None:
-            return False
-        loads += placed
-        sequence.slots = tuple((self.slots.acquire(adapter), weight) for adapter, weight in sequence.request.mix)
-        return True
+    def _begin(self, sequence: Sequence, kind: Kind, kept: Container[str]) -> list[Load]:
+        """A row starts: it has the slots of its mix, after these loads."""
+        if sequence is self._first:
+            self._first = None
+        sequence.started = True
+        self.running.append(sequence)
+        if kind.merged:
+            return []
+        loads = self.slots.place(kind.adapters, kept)
+        assert loads is not None, "could_place said that there are slots"
+        sequence.slots = tuple((self.slots.acquire(adapter), weight) for adapter, weight in kind.mix)
+        return loads
 
     def _make_room(self) -> None:
         """A page for every row whose next token would not fit; the youngest rows give way."""
@@ -222,10 +219,9 @@ class Scheduler:
         a place comes free by itself within a row's time, which may be a minute, and a row starts over within a pass."""
         free = self.max_num_seqs - len(self.running)
         urgent = sum(sequence.request.urgent for sequence in self.running)
-        for sequence in list(islice(self.waiting, self._urgent_waiting)):
+        for sequence in self.waiting.urgent:
             if free <= 0:
-                adapters = [] if sequence.request.merged else [adapter for adapter, _ in sequence.request.mix]
-                can_start = sequence.weights == self.weights and self.slots.could_place(adapters)
+                can_start = sequence.weights == self.weights and self.slots.could_place(kind_of(sequence).adapters)
                 if not can_start or 2 * urgent >= self.max_num_seqs:
                     return
                 able = [at for at, one in enumerate(self.running) if not (one.request.urgent or one.amid_prompt)]
@@ -236,7 +232,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, *, forget: bool = False) -> None:
         self._release(sequence, forget=forget)
-        self.waiting.insert(0 if sequence.request.urgent else self._urgent_waiting, sequence)
+        self.waiting.add(sequence, first=True)
         self.preemptions += 1
 
     @property
@@ -245,12 +241,7 @@ class Scheduler:
         urgent = [sequence.request.urgent for sequence in self.running]
         return len(urgent) - 1 - (urgent[::-1].index(False) if not all(urgent) else 0)
 
-    @property
-    def _urgent_waiting(self) -> int:
-        """How many of the first waiting ones are urgent."""
-        return sum(1 for _ in takewhile(lambda sequence: sequence.request.urgent, self.waiting))
-
-    def _release(self, sequence: Sequence, *, forget: bool) -> None:
+    def _release(self, sequence: Sequence, *, forget: bool = False) -> None:
         self.room.leave(sequence, forget=forget)
         if not sequence.request.merged:
             for adapter, _ in sequence.request.mix:

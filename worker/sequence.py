@@ -60,8 +60,9 @@ class Sequence:
 
     def chunk(self, budget: int) -> Chunk:
         """What of it is computed next, of at most so many tokens."""
-        size = min(self.pending, budget)
-        return Chunk(self, self.computed, size, samples=size == self.pending)
+        pending = self.pending
+        size = min(pending, budget)
+        return Chunk(self, self.computed, size, size == pending)
 
     @property
     def longest(self) -> int:

@@ -72,9 +72,9 @@ class Slots:
         """Whether these adapters can ever be resident together."""
         return len(self.pinned.union(adapters)) <= self.capacity
 
-    def could_place(self, adapters: Sequence[str]) -> bool:
-        """Whether `place` would make these adapters resident, whatever rows wait for."""
-        return self._leaving(adapters, (), self._short(adapters)) is not None
+    def could_place(self, adapters: Sequence[str], wanted: Container[str] = ()) -> bool:
+        """Whether `place` would make these adapters resident."""
+        return self._leaving(adapters, wanted, self._short(adapters)) is not None
 
     def place(self, adapters: Sequence[str], wanted: Container[str] = ()) -> list[Load] | None:
         """Make these adapters resident together: what to load, or None when too many slots are in use.

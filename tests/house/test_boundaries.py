@@ -83,7 +83,7 @@ PURE = (
     *("worker/forecast.py", "worker/pressure.py"),
     *("producer/plan.py", "producer/waves.py", "producer/units.py", "producer/work.py", "producer/costs.py"),
     *("producer/modes.py", "producer/predict.py", "producer/traffic.py", "producer/explain.py"),
-    "producer/shards.py",
+    *("producer/prefixes.py", "producer/shards.py"),
 )
 PURE_LIBRARY = {
     *("__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math"),

@@ -74,7 +74,7 @@ def logits(model: Model, prompt: list[int]) -> Tensor:
     """Logits [T, vocab] over one prompt that goes through no adapter slot."""
     room = Room(4, 16, rows=1, longest=64)
     sequence = Sequence(Request(0, prompt, Sampling(1)), 0, list(prompt))
-    assert room.start(sequence, ())
+    assert room.start(sequence, 0)
     cache = KVCache(model.shapes, 4, 16, model.dtype, model.device)
     batch = pack([Chunk(sequence, 0, len(prompt), True)], room.tables, cache, Router(1, model.device), model.device)
     batch.outputs = torch.arange(len(prompt))

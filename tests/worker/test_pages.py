@@ -33,14 +33,14 @@ def test_what_was_given_up_first_makes_room_first() -> None:
     pool = Pool(3, SIZE)
     for page in [pool.take() for _ in range(3)]:
         assert page is not None
-        assert pool.label(page, ("root", (page,)))
+        assert pool.label(page, ("root", bytes([page])))
     for page in (1, 0, 2):
         pool.give_up(page)
     assert pool.free == 3
     pool.hold(1)  # found again
     pool.give_up(1)
     assert [pool.take() for _ in range(3)] == [0, 2, 1]
-    assert [pool.find(("root", (page,))) for page in range(3)] == [None] * 3
+    assert [pool.find(("root", bytes([page]))) for page in range(3)] == [None] * 3
 
 
 def test_a_forgotten_page_is_found_by_nobody_and_ends_its_chain() -> None:
@@ -105,7 +105,7 @@ def test_rows_read_what_they_would_have_computed(draw: Random, pages: int, shari
             prompt = [1] * draw.randint(1, 9) + [draw.randrange(3) for _ in range(draw.randint(0, 5))]
             mix = plain(draw.choice([None, "a", "b"]))
             row = Sequence(Request(key, prompt, Sampling(draw.randint(1, 9)), mix, draw.random() < 0.3), 0, [*prompt])
-            if room.start(row, running):
+            if room.start(row, sum(map(room.growth, running))):
                 running.append(row)
                 shared += row.shared
                 assert row.shared < len(prompt)
