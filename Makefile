@@ -1,7 +1,7 @@
 # The two commands: `make demo` and `make test`. Both set up .venv when it is missing or out of date.
 #   PYTHON=...  interpreter for .venv (3.11 or newer)
 #   ARGS=...    extra arguments for pytest (make test), the harness (make bench), a part (make gpu) or the faults (make chaos)
-#   PART=...    of make gpu: tests, kernels, engine or all. It makes no .venv: PYTHON, by default python3, must have torch,
+#   PART=...    of make gpu: tests, kernels, engine, peers or all. It makes no .venv: PYTHON, by default python3, must have torch,
 #               triton, transformers, safetensors, peft, numpy and pytest, and see a CUDA device.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

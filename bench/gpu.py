@@ -1,4 +1,4 @@
-"""`python -m bench.gpu [PART]`: what `make gpu` runs: the tests on a CUDA device, the kernels' and the engine's speed.
+"""`python -m bench.gpu [PART]`: what `make gpu` runs: tests on a CUDA device, and the speed of kernels, engine, peers.
 
 It needs torch, triton, transformers, safetensors, peft, numpy and pytest, and installs nothing. Results are JSON files
 <device>-<part>.json in $OUT, or in bench/results.
@@ -18,8 +18,8 @@ from pathlib import Path
 from bench import ROOT
 from bench.parts import describe_part, no_device, save_part
 
-PARTS = ("tests", "kernels", "engine")
-MODULES = {"kernels": "bench.kernels", "engine": "bench.gpu_engine"}
+PARTS = ("tests", "kernels", "engine", "peers")
+MODULES = {"kernels": "bench.kernels", "engine": "bench.gpu_engine", "peers": "bench.gpu_peers"}
 TESTS = ("tests/kernels", "tests/gpu")
 SECONDS = 470
 """The most that one part may take."""

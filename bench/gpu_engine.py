@@ -1,163 +1,184 @@
-"""`python -m bench.gpu_engine`: one job on this GPU: loramill with and without LoRA, transformers, PEFT, as JSON.
+"""`python -m bench.gpu_engine`: loramill on this GPU, with LoRA against without, and its decode step against its floor.
 
-A random Qwen2 shape of 1.1 billion parameters, 64 adapters of rank 16 by Zipf, 512 rows of 512 prompt and 128 output
-tokens. Every runner is warmed up on a few rows first, so that nothing is compiled while the clock runs.
+Two engines stand loaded side by side: no LoRA, and 32 adapters over 16 slots, so that every round loads adapters. They
+run the same rows in turn, round after round. Before that, decode steps: 32, 128 and 256 rows that all decode at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from bench import ROOT, hide_root
+from bench.clock import ceilings, graph_seconds
 from bench.figures import TokensError, agreement, check_agreement, check_counts
-from bench.job import Job, Row, Spec, prepare
+from bench.gpu_job import SPEC, first, others, prepare, setting, warm_up, weights
+from bench.job import Job, Spec
 from bench.parts import describe_part, no_device, save_part
 from bench.peers.engine import EngineRunner
-from bench.peers.hugging_face import PeftMixed, Transformers
-from bench.peers.runner import REFERENCES, Answers, Runner
+from bench.points import Ceilings
+from loramill.worker.request import Request, Sampling, plain
 
-SPEC = Spec(
-    layers=24,
-    rows=512,
-    hidden=2048,
-    intermediate=5632,
-    heads=16,
-    kv_heads=4,
-    adapters=64,
-    prompt_tokens=512,
-    output_tokens=128,
-)
 BATCH_ROWS = 256
-"""Rows that run at once, for everyone: the engine's default on CUDA."""
-PEFT_ROWS = 256
-"""Rows of PEFT, one batch: it multiplies adapter by adapter, module by module, and all rows would pass the limit."""
-WARM_ROWS, WARM_TOKENS = 64, 4
+"""Rows that run at once: the engine's default on CUDA."""
+SLOTS = 16
+DECODE_ROWS = (32, 128, 256)
+DECODE_TOKENS = 96
+UNSETTLED = 32
+"""Decode passes that are not counted: graphs are captured in the first ones."""
+ROUNDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Part(Job):
-    """A job's first rows, with its files and perhaps fewer tokens."""
-
-    first: list[Row]
-
-    def rows(self) -> list[Row]:
-        return self.first
+def runners(device: str) -> list[EngineRunner]:
+    return [EngineRunner(0, device, BATCH_ROWS), EngineRunner(SLOTS, device, BATCH_ROWS)]
 
 
-def part_of(job: Job, rows: int, output_tokens: int) -> Part:
-    return Part(replace(job.spec, rows=rows, output_tokens=output_tokens), job.folder, job.rows()[:rows])
+def floor(spec: Spec, rows: int, length: float, found: Ceilings) -> dict[str, float]:
+    """What a decode step of `rows` rows of `length` tokens must at least take: seconds, and what they are made of."""
+    cache = rows * length * spec.layers * 2 * spec.kv_heads * (spec.hidden // spec.heads) * 2
+    moved = 2 * weights(spec) + cache
+    computed = 2 * rows * weights(spec) + 4 * rows * length * spec.hidden * spec.layers
+    return {"bytes": moved, "flops": computed, "floor_s": max(moved / found.copy, computed / found.gemm)}
 
 
-def runners(device: str) -> list[tuple[Runner, int]]:
-    """Each runner with the rows it gets, the quick ones first."""
-    return [
-        (Transformers(device, BATCH_ROWS), SPEC.rows),
-        (EngineRunner(0, device, BATCH_ROWS), SPEC.rows),
-        (EngineRunner(64, device, BATCH_ROWS), SPEC.rows),
-        (EngineRunner(16, device, BATCH_ROWS), SPEC.rows),
-        (PeftMixed(device, BATCH_ROWS), PEFT_ROWS),
-    ]
+def decode_steps(runner: EngineRunner, job: Job, rows: int) -> list[tuple[float, float, float]]:
+    """(seconds of a pass, of its forward, mean length) of every pass in which `rows` rows decode at once."""
+    engine: Any = runner.model
+    forward, inside = watched(engine._model)
+    for number, row in enumerate(others(job, rows, DECODE_TOKENS).rows()):
+        how = Sampling(DECODE_TOKENS, temperature=0, ignore_eos=True)
+        engine.add(Request(number, row.prompt, how, plain(runner._hashes.get(row.adapter))))
+    passes = []
+    try:
+        while engine.has_work:
+            before, began = engine.stats.completion_tokens, time.perf_counter()
+            lengths = [len(one.tokens) for one in engine._scheduler.running]
+            engine.step()
+            whole = time.perf_counter() - began
+            if len(lengths) == rows and engine.stats.completion_tokens - before == rows:
+                passes.append((whole, inside(), sum(lengths) / rows))
+    finally:
+        engine._model.forward = forward
+    return passes
 
 
-def run_one(runner: Runner, job: Job, rows: int) -> Answers:
-    """Load, warm up, and time the first `rows` rows. The engine loads anew, so that no adapter is there already."""
-    part = part_of(job, rows, job.spec.output_tokens)
-    started = time.perf_counter()
-    runner.load(job)
-    runner.run(part_of(job, WARM_ROWS, WARM_TOKENS))
-    if isinstance(runner, EngineRunner):
-        drop(runner)
-        runner.load(job)
-    load_s = time.perf_counter() - started
-    answers = runner.run(part)
-    answers.load_s = load_s
-    check_counts(runner.name, answers.tokens, [row.custom_id for row in part.rows()], job.spec.output_tokens)
-    return answers
+def watched(model: Any) -> tuple[Callable[..., Any], Callable[[], float]]:
+    """Put a clock around a model's forward: what it was, and the seconds of its last call on the device."""
+    forward, on_device = model.forward, torch.cuda.is_available()
+    marks: list[Any] = [None, None]
+
+    def mark() -> Any:
+        if not on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(batch: Any) -> Any:
+        marks[0] = mark()
+        logits = forward(batch)
+        marks[1] = mark()
+        return logits
+
+    def seconds() -> float:
+        return float(marks[0].elapsed_time(marks[1]) / 1e3 if on_device else marks[1] - marks[0])
+
+    model.forward = timed
+    return forward, seconds
 
 
-def drop(runner: Runner) -> None:
-    """Free what it holds on the device."""
-    vars(runner).pop("model", None)
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def summary(runner: Runner, answers: Answers, reference: Answers | None, job: Job) -> dict[str, Any]:
-    """A runner's result in plain values; raises `TokensError` when another model answered."""
-    found: dict[str, Any] = {
+def decode(runner: EngineRunner, job: Job, rows: int, found: Ceilings) -> dict[str, Any]:
+    """One point: the median decode step, its floor, and the engine's own share of it."""
+    passes = decode_steps(runner, job, rows)
+    passes = passes[UNSETTLED:] if len(passes) > 2 * UNSETTLED else passes
+    step_s = median(whole for whole, _, _ in passes)
+    least = floor(job.spec, rows, median(length for _, _, length in passes), found)
+    return {
+        "name": runner.name,
         "title": runner.title,
-        "rows": len(answers.tokens),
-        "run_s": answers.run_s,
-        "load_and_warm_s": answers.load_s,
-        "output_tokens_per_s": len(answers.tokens) * job.spec.output_tokens / answers.run_s,
-        "details": answers.details,
+        "rows": rows,
+        "passes": len(passes),
+        "step_s": step_s,
+        "outside": median(1 - inside / whole for whole, inside, _ in passes),
+        **least,
+        "of_floor": step_s / least["floor_s"],
     }
-    if reference is not None:
-        shared = {row: tokens for row, tokens in reference.tokens.items() if row in answers.tokens}
-        found["agreement"] = agreement(answers.tokens, shared)
-        check_agreement(runner.name, found["agreement"])
-    return found
+
+
+def measure(result: dict[str, Any], job: Job, loaded: Sequence[EngineRunner], until: Callable[[], bool]) -> None:
+    """Rounds of all rows, each runner in turn, into `result`; kept after each, so that what is stopped has the others.
+
+    Raises:
+        TokensError: a run did not answer what was asked, or not what the first did.
+    """
+    ids = [row.custom_id for row in job.rows()]
+    reference: dict[str, Any] = {}
+    for number in range(ROUNDS):
+        if number and until():
+            result["stopped"] = f"after {number} of {ROUNDS} rounds, for time"
+            break
+        for runner in loaded:
+            answers = runner.run(job)
+            check_counts(runner.name, answers.tokens, ids, job.spec.output_tokens)
+            found = agreement(answers.tokens, reference.setdefault(runner.name, answers.tokens))
+            check_agreement(runner.name, found)
+            one = result["runners"].setdefault(runner.name, {"title": runner.title, "run_s": [], "repeats": []})
+            one["run_s"].append(answers.run_s)
+            one["repeats"].append(found["rows"])
+            one["details"] = answers.details
+            say(f"{runner.name}: {answers.run_s:.2f} s")
+        save_part(result)
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_engine", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="start no runner after this (default 5)")
+    parser.add_argument("--minutes", type=float, default=6.5, help="start no round after this (default 6.5)")
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "bench", help="where the model and job are made")
     options = parser.parse_args(arguments)
     if no_device("engine"):
         return 1
-    started = time.monotonic()
-    job = prepare(SPEC, options.dir)
-    _say(f"made the job in {time.monotonic() - started:.0f} s")
+    device, started = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic()
+    job = prepare(SPEC, options.dir, device)
+    say(f"made the job in {time.monotonic() - started:.0f} s")
     result = describe_part("engine", ["python -m bench.gpu_engine", *map(str, arguments)])
-    result |= {"setting": setting(SPEC), "job": asdict(SPEC), "runners": {}, "absent": {}}
-    ran: dict[str, tuple[Runner, Answers]] = {}
-    for runner, rows in runners("cuda"):
-        reason = runner.absent()
-        if not reason and time.monotonic() - started > options.minutes * 60:
-            reason = f"{options.minutes:g} minutes had passed"
-        if reason:
-            result["absent"][runner.name] = reason
-            continue
-        ran[runner.name] = runner, run_one(runner, job, rows)
-        _say(f"{runner.name}: {ran[runner.name][1].run_s:.2f} s for {rows} rows")
-        drop(runner)
-        try:
-            result["runners"] = {name: summary(*one, _reference(ran, one[0]), job) for name, one in ran.items()}
-        except TokensError as error:
-            _say(str(error))
-            return 1
-        save_part(result)  # each time: what is stopped has what it measured until then
-    print(json.dumps({name: one["output_tokens_per_s"] for name, one in result["runners"].items()}))
-    _say(f"written to {save_part(result)}")
+    found = limits(device)
+    result |= {"setting": setting(SPEC), "job": asdict(SPEC), "ceilings": asdict(found), "decode": [], "runners": {}}
+    loaded = runners(device)
+    for runner in loaded:
+        runner.load(job)
+        runner.run(warm_up(job))
+    say(f"loaded and warmed up after {time.monotonic() - started:.0f} s")
+    for rows in DECODE_ROWS:
+        for runner in loaded:
+            point = decode(runner, job, rows, found)
+            result["decode"].append(point)
+            say(f"{runner.name}, {rows} rows: {point['step_s'] * 1e3:.2f} ms, {point['of_floor']:.2f} of its floor")
+    save_part(result)
+    try:
+        measure(result, first(job, job.spec.rows), loaded, lambda: time.monotonic() - started > options.minutes * 60)
+    except TokensError as error:
+        say(str(error))
+        return 1
+    print(json.dumps({name: median(one["run_s"]) for name, one in result["runners"].items()}))
+    say(f"written to {save_part(result)}")
     return 0
 
 
-def setting(spec: Spec) -> str:
-    """The job in one sentence."""
-    return (
-        f"{spec.rows} rows over {spec.adapters} adapters (Zipf {spec.zipf:g}, rank {spec.rank} on all seven linear "
-        f"projections), {spec.prompt_tokens} prompt + {spec.output_tokens} output tokens a row; a random Qwen2 shape "
-        f"of {spec.parameters() / 1e9:.2f}B parameters in bfloat16; one run each, after a warm-up."
-    )
+def limits(device: str) -> Ceilings:
+    """The device's copy bandwidth and GEMM rate."""
+    return ceilings(torch.device(device), graph_seconds)
 
 
-def _reference(ran: Mapping[str, tuple[Runner, Answers]], runner: Runner) -> Answers | None:
-    found = ran.get(REFERENCES[runner.lora])
-    return found[1] if found else None
-
-
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -64,7 +64,7 @@ def section(results: Sequence[Result]) -> str:
     """Everything under the heading: of each device what it has, or that there is nothing yet."""
     if not results:
         return NOT_MEASURED
-    parts = {"kernels": kernels, "engine": engine, "tests": tests}
+    parts = {"kernels": kernels, "engine": engine, "peers": peers, "tests": tests}
     return "\n".join(parts[result["part"]](result) for result in results)
 
 
@@ -102,19 +102,70 @@ def kernels(result: Result) -> str:
 
 
 def engine(result: Result) -> str:
-    """The job on one device, runner by runner."""
+    """LoRA against none, and the decode step against its floor, on one device."""
+    runs = {name: one["run_s"] for name, one in result["runners"].items()}
+    base, *others = runs.values() or [[]]
+    steps = [one["of_floor"] for one in result["decode"] if one["name"] == "loramill-base"]
+    largest = max((one["rows"] for one in result["decode"]), default=0)
+    outside = [100 * one["outside"] for one in result["decode"] if one["rows"] == largest]
+    dynamic = [100 * none / with_lora for run_s in others for none, with_lora in zip(base, run_s, strict=False)]
+    rows = [
+        Target("own dynamic, of own no-LoRA: at least 95%", 95, dynamic, "{:.1f}%"),
+        Target("own no-LoRA decode step, times its floor: at most 1.35", 1.35, steps, "{:.2f}x", True),
+        Target(f"a pass outside the forward, at {largest} rows: at most 5%", 5, outside, "{:.1f}%", True),
+    ]
+    copy, gemm = result["ceilings"]["copy"] / 1e12, result["ceilings"]["gemm"] / 1e12
     lines = [
         f"### The engine on {result['device']}",
+        "",
+        "| target | median (range) over rounds or points | reached at |",
+        "|---|---|---|",
+        *(target.row() for target in rows),
+        "",
+        "| | seconds, median (range) | output tokens/s |",
+        "|---|---|---|",
+    ]
+    for name, one in result["runners"].items():
+        low, mid, high = (f(runs[name]) for f in (min, median, max))
+        rate = result["job"]["rows"] * result["job"]["output_tokens"] / mid
+        lines.append(f"| {one['title']} | {mid:.2f} ({low:.2f} to {high:.2f}) | {rate:.0f} |")
+    lines += ["", "| decode step | rows | ms | floor, ms | times its floor | outside the forward |", "|---" * 6 + "|"]
+    lines += [
+        f"| {one['title']} | {one['rows']} | {one['step_s'] * 1e3:.2f} | {one['floor_s'] * 1e3:.2f} | "
+        f"{one['of_floor']:.2f} | {one['outside']:.1%} |"
+        for one in result["decode"]
+    ]
+    said = f"{result['setting']} {len(base)} rounds, each runner in turn. A floor is the larger of weights + KV bytes "
+    said += f"over the copy bandwidth, {copy:.2f} TB/s, and operations over the bf16 GEMM rate, {gemm:.0f} TFLOP/s."
+    return "\n".join([*lines, "", said, _source(result), ""])
+
+
+def peers(result: Result) -> str:
+    """The job on one device, runner by runner."""
+    rates = {name: one["output_tokens_per_s"] for name, one in result["runners"].items()}
+    pairs = [("loramill-base", "transformers-continuous", 1.5), ("loramill-16", "peft-mixed", 10.0)]
+    lines = [
+        f"### The engine and its peers on {result['device']}",
+        "",
+        "| target | measured | reached at |",
+        "|---|---|---|",
+        *(
+            Target(f"{one} / {other}: at least {least:g}", least, _ratio(rates, one, other), "{:.2f}x").row()
+            for one, other, least in pairs
+        ),
         "",
         "| | rows | output tokens/s | of our no LoRA |",
         "|---|---|---|---|",
     ]
-    rates = {name: one["output_tokens_per_s"] for name, one in result["runners"].items()}
     for name, one in result["runners"].items():
         share = f"{rates[name] / rates['loramill-base']:.0%}" if rates.get("loramill-base") else ""
         lines.append(f"| {one['title']} | {one['rows']} | {rates[name]:.0f} | {share} |")
     lines += [f"| {name} | | absent: {why} | |" for name, why in result["absent"].items()]
-    return "\n".join([*lines, "", result["setting"], _source(result), ""])
+    return "\n".join([*lines, "", f"{result['setting']} One run each, after a warm-up.", _source(result), ""])
+
+
+def _ratio(rates: Mapping[str, float], one: str, other: str) -> list[float]:
+    return [rates[one] / rates[other]] if one in rates and other in rates else []
 
 
 def tests(result: Result) -> str:

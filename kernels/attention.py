@@ -50,6 +50,10 @@ class Pages:
 def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lines: Tensor) -> None:
     """Put k [T, kv_heads, key_dim] and v [T, kv_heads, value_dim] at `lines` [T] int64 of the cache, each page * size +
     place."""
+    if keys.is_cuda:
+        from loramill.kernels import store_triton
+
+        return store_triton.store(keys, values, k, v, lines)
     if native.serves(keys, values, k, v):
         native_forms.store_native(keys, values, k, v, lines)
         return
@@ -71,6 +75,10 @@ def attend(
     softcap: float | None = None,
 ) -> None:
     """Write the attention of every query row to `out`; formula and shapes at the head of this module."""
+    if q.is_cuda:
+        from loramill.kernels import attention_triton
+
+        return attention_triton.attend(out, q, keys, values, pages, scale=scale, window=window, softcap=softcap)
     if native.serves(q, keys, values) and native_forms.attends(keys, values):
         form = native_forms.attend_native
     else:

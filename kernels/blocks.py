@@ -56,3 +56,51 @@ def expand_blocks(height: int, itemsize: int) -> tuple[Blocks, ...]:
 ROW_SHRINK, PLAIN_ROW_SHRINK = Blocks(16, 256, 4, 2), Blocks(8, 128, 4, 2)
 ROW_EXPAND, PLAIN_ROW_EXPAND = Blocks(256, 16, 4, 2), Blocks(128, 16, 4, 2)
 """Blocks of the forms that give each row programs of its own: 32 numbers of a weight in each thread."""
+
+DECODE_ROWS = 16
+"""Rows of a tile of a sequence with one query row: the least that tensor cores take, mostly more than a group has."""
+MOST_PARTS = 32
+"""Parts of a long cache at most: what one program adds."""
+GATED_BLOCKS = Blocks(1, 1024, 4, 1)
+"""Columns (k) that one program multiplies."""
+
+
+def padded(size: int) -> int:
+    """The power of two that a head of this size takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def attend_blocks(dim: int, itemsize: int, aligned: bool, hip: bool, one: bool) -> tuple[int, Blocks]:
+    """Rows of a tile, and the keys (n) that are met at once; `dim` is the padded head size.
+
+    What spills nothing: float32 multiplies without tensor cores, and AMD's masked loads take scalar registers by key.
+    """
+    if not aligned:
+        return DECODE_ROWS, Blocks(16, dim, 4, 2)
+    if itemsize == 4:
+        return 16 if one or dim > 128 else 32, Blocks(32 if dim <= 64 and not hip else 16, dim, 4, 3 if one else 2)
+    if one:
+        return DECODE_ROWS, Blocks((64 if dim <= 128 else 32) // (2 if hip else 1), dim, 4, 3)
+    return 128 if dim <= 128 else 64, Blocks(16 if hip else 64 if dim <= 64 else 32, dim, 8, 3)
+
+
+def combine_blocks(dim: int) -> Blocks:
+    """All parts at once."""
+    return Blocks(MOST_PARTS, dim, 4, 1)
+
+
+def store_blocks(dim: int) -> Blocks:
+    """Heads that one program stores."""
+    return Blocks(max(1, 1024 // dim), dim, 4, 1)
+
+
+def norm_blocks(columns: int) -> Blocks:
+    """A whole row in one program, 32 numbers in each thread at most."""
+    size = padded(columns)
+    return Blocks(1, size, max(1, min(16, size // 512)), 1)
+
+
+def rope_blocks(dim: int) -> Blocks:
+    """Heads that one program turns, and half of a head."""
+    half = padded(dim) // 2
+    return Blocks(max(1, 1024 // half), half, 4, 1)

@@ -24,8 +24,13 @@ TABLES = {
     **dict.fromkeys(("ranks", "order", "tile_mix", "tile_start", "tile_rows"), "i32"),
     **dict.fromkeys(("mix_of_row", "mix_slots", "mix_members"), "i32"),
     "mix_weights": "fp32",
+    **dict.fromkeys(("starts", "lengths", "tables"), "i32"),
+    "lines": "i64",
+    **dict.fromkeys(("partial", "softmax", "cos", "sin"), "fp32"),
 }
-"""What the routing's pointers point to, by their names in every kernel."""
+"""What the pointers to tables and to scratch point to, by their names in every kernel."""
+NUMBERS = dict.fromkeys(("scale", "softcap", "eps"), "fp32")
+"""The arguments that are no int32, by their names in every kernel."""
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -120,14 +125,21 @@ def kernel(function: Any, wide: Iterable[str], reduced: str) -> Kernel:
 def variants(
     of: Kernel, pointers: Mapping[str, str], listed: Sequence[Blocks], plain: Blocks, hip: bool, **constants: int
 ) -> Iterator[Variant]:
-    """The programs of a kernel with these blocks: `pointers` to what they are given, other numbers int32."""
-    code = of.function.__code__
-    types = dict.fromkeys(code.co_varnames[: code.co_argcount], "i32")
-    types |= {name: f"*{dtype}" for name, dtype in {**TABLES, **pointers}.items() if name in types}
+    """The programs of a kernel with these blocks: the aligned form with each that is listed, and the plain one."""
     for blocks in (*listed, plain):
-        known = constants | of.block_constants(blocks)
-        kinds = types | dict.fromkeys(known, "constexpr")
-        yield Variant(of, blocks is not plain, kinds, known, blocks.warps, stages_on(blocks, hip))
+        yield variant(of, blocks is not plain, pointers, blocks, hip, **constants)
+
+
+def variant(
+    of: Kernel, aligned: bool, pointers: Mapping[str, str], blocks: Blocks, hip: bool, **constants: int
+) -> Variant:
+    """One program of a kernel: `pointers` to what it is given; numbers are int32 but for NUMBERS."""
+    known = constants | of.block_constants(blocks)
+    types = dict.fromkeys(of.names, "i32")
+    types |= {name: dtype for name, dtype in NUMBERS.items() if name in types}
+    types |= {name: f"*{dtype}" for name, dtype in {**TABLES, **pointers}.items() if name in types}
+    types |= dict.fromkeys(known, "constexpr")
+    return Variant(of, aligned, types, known, blocks.warps, stages_on(blocks, hip))
 
 
 def stages_on(blocks: Blocks, hip: bool) -> int:

@@ -23,6 +23,10 @@ ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda g: F.gelu(g, approxim
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x and residual [T, H], weight [H] -> (y, s), both [T, H] in x's dtype. Without a residual s is x itself."""
+    if x.is_cuda:
+        from loramill.kernels import layer_triton
+
+        return layer_triton.add_rms_norm(x, residual, weight, eps)
     if native.serves(x, weight):
         return native_forms.add_rms_norm_native(x, residual, weight, eps)
     return add_rms_norm_torch(x, residual, weight, eps)
@@ -52,6 +56,10 @@ def rope_store(
 ) -> Tensor:
     """qkv [T, (heads + 2 kv_heads) * dim], cos and sin [T, dim / 2] float32, a layer's cache and lines [T] int64 as in
     `attention`, the weights [dim] of the norms of queries and keys -> q [T, heads, dim]."""
+    if qkv.is_cuda:
+        from loramill.kernels import layer_triton
+
+        return layer_triton.rope_store(qkv, cos, sin, keys, values, lines, norms, eps)
     if native.serves(qkv, keys, values):
         return native_forms.rope_store_native(qkv, cos, sin, keys, values, lines, norms, eps)
     return rope_store_torch(qkv, cos, sin, keys, values, lines, norms, eps)
@@ -85,6 +93,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     """gate_up [T, 2 I] -> [T, I]; `activation` is one of ACTIVATIONS."""
+    if gate_up.is_cuda:
+        from loramill.kernels import layer_triton
+
+        return layer_triton.gated(gate_up, activation)
     if native.serves(gate_up):
         return native_forms.gated_native(gate_up, list(ACTIVATIONS).index(activation))
     return gated_torch(gate_up, activation)

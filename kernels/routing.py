@@ -134,7 +134,8 @@ def route_host(mix_of_row: Sequence[int], mixes: Mixes, height: int) -> TileRout
     alone = mixes.single[used.pop()] if mixes.single and len(used) == 1 and BASE_MIX not in used else None
 
     def on_device(numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=mixes.slots.device)
+        # Not at once onto the device: that would wait for all that it still has to do.
+        return torch.tensor(numbers, dtype=torch.int32).to(mixes.slots.device, non_blocking=True)
 
     return TileRouting(
         height,

@@ -1,4 +1,4 @@
-"""Drawing the next token of every row of a step.
+"""Drawing the next token of every row of a step, with one look at what the device has computed.
 
 The order is transformers': penalties and bias on the raw logits, temperature, top-k, top-p, min-p. A draw inverts the
 cumulative distribution at one uniform number that depends on (seed, sample, position) alone, so a row's tokens do not
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
@@ -34,24 +35,37 @@ class Draw(NamedTuple):
 def draw(logits: Tensor, sequences: Many[Sequence]) -> list[Draw]:
     """Choose a token for each row of `logits` [rows, vocab]; `sequences` say how."""
     samplings = [s.request.sampling for s in sequences]
-    logprobs = _logprob_rows(logits, samplings)
+    reported = [row for row, s in enumerate(samplings) if s.logprobs is not None]
+    raw = torch.log_softmax(_some(logits, reported).float(), dim=-1) if reported else None
     if any(_adjusts(s) for s in samplings):
         logits = logits.float()  # a copy, unless the model computes in float32: then in place is as good
         for row, sequence in enumerate(sequences):
             if _adjusts(sequence.request.sampling):
                 _adjust(logits[row], sequence)
-    best, greedy = logits.max(dim=-1)
-    finite, tokens = torch.isfinite(best).tolist(), greedy.tolist()
-    sampled = [row for row, s in enumerate(samplings) if s.temperature > 0 and finite[row]]
+    best, chosen = logits.max(dim=-1)
+    enough = torch.ones_like(chosen)
+    sampled = [row for row, s in enumerate(samplings) if s.temperature > 0]
     if sampled:
-        chosen = logits if len(sampled) == len(samplings) else logits[torch.tensor(sampled, device=logits.device)]
-        uniforms = [_uniform(samplings[r].seed, sequences[r].index, sequences[r].generated) for r in sampled]
-        for row, token in zip(sampled, _sample(chosen, [samplings[r] for r in sampled], uniforms), strict=True):
+        rows = _on_device(sampled, logits)
+        chosen[rows], enough[rows] = _sample(_some(logits, sampled), [sequences[row] for row in sampled], _CANDIDATES)
+    tokens, finite, known = torch.stack([chosen, torch.isfinite(best).long(), enough]).tolist()
+    if short := [row for row in sampled if finite[row] and not known[row]]:
+        again, _ = _sample(_some(logits, short), [sequences[row] for row in short], logits.shape[-1])
+        for row, token in zip(short, again.tolist(), strict=True):
             tokens[row] = token
-    return [
-        Draw(token, _report(logprobs.get(row), token, samplings[row])) if finite[row] else Draw(None, None)
-        for row, token in enumerate(tokens)
-    ]
+    logprobs = {} if raw is None else _report(raw, reported, tokens, samplings)
+    return [Draw(token, logprobs.get(row)) if finite[row] else Draw(None, None) for row, token in enumerate(tokens)]
+
+
+def _on_device(numbers: Many[float], like: Tensor) -> Tensor:
+    """Numbers where `like` is, int64 or float64; nobody waits until they are there."""
+    dtype = torch.float64 if any(isinstance(number, float) for number in numbers) else torch.int64
+    return torch.tensor(numbers, dtype=dtype).to(like.device, non_blocking=True)
+
+
+def _some(x: Tensor, rows: Many[int]) -> Tensor:
+    """These rows of x, in growing order; x itself where they are all."""
+    return x if len(rows) == len(x) else x[_on_device(rows, x)]
 
 
 def _adjusts(s: Sampling) -> bool:
@@ -62,17 +76,15 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     """Penalties and bias on one row [vocab], in place."""
     s = sequence.request.sampling
     if s.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        seen = _on_device(sorted(set(sequence.tokens)), row)
         score = row[seen]
         row[seen] = torch.where(score > 0, score / s.repetition_penalty, score * s.repetition_penalty)
     if (s.presence_penalty or s.frequency_penalty) and sequence.generated:
-        output = torch.tensor(sequence.tokens[len(sequence.request.prompt) :], device=row.device)
-        used, counts = output.unique(return_counts=True)
-        row[used] -= s.presence_penalty + s.frequency_penalty * counts.to(row.dtype)
+        counted = Counter(sequence.tokens[len(sequence.request.prompt) :])
+        counts = _on_device(list(counted.values()), row).to(row.dtype)
+        row[_on_device(list(counted), row)] -= s.presence_penalty + s.frequency_penalty * counts
     if s.logit_bias:
-        row[torch.tensor(list(s.logit_bias), device=row.device)] += torch.tensor(
-            list(s.logit_bias.values()), dtype=row.dtype, device=row.device
-        )
+        row[_on_device(list(s.logit_bias), row)] += _on_device(list(s.logit_bias.values()), row).to(row.dtype)
 
 
 def _uniform(seed: int, sample: int, position: int) -> float:
@@ -81,37 +93,32 @@ def _uniform(seed: int, sample: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _sample(logits: Tensor, samplings: Many[Sampling], uniforms: Many[float]) -> list[int]:
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
-
-    scaled = logits.float() / column([s.temperature for s in samplings])
-    points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+def _sample(logits: Tensor, sequences: Many[Sequence], candidates: int) -> tuple[Tensor, Tensor]:
+    """A token for each row [n], and 1 where `candidates` of the likeliest were enough to draw it from, else 0."""
+    samplings = [s.request.sampling for s in sequences]
+    uniforms = [_uniform(s.request.sampling.seed, s.index, s.generated) for s in sequences]
+    columns = [[s.temperature, u, s.top_k, s.top_p, s.min_p] for s, u in zip(samplings, uniforms, strict=True)]
+    how = torch.tensor(columns, dtype=torch.float64).to(logits.device, non_blocking=True)
+    scaled = logits.float() / how[:, :1].float()
     filtered = [row for row, s in enumerate(samplings) if s.top_k > 0 or s.top_p < 1 or s.min_p > 0]
-    tokens = [-1] * len(samplings)
-    if len(filtered) < len(samplings):
-        plain = sorted(set(range(len(samplings))) - set(filtered))
-        picked = _invert(torch.softmax(scaled[plain], dim=-1), points[plain]).tolist()
-        for row, token in zip(plain, picked, strict=True):
-            tokens[row] = token
-    candidates = min(_CANDIDATES, scaled.shape[-1])
-    while filtered:
-        keep = [samplings[row] for row in filtered]
-        drawn, enough = _filtered(scaled[filtered], keep, points[filtered], candidates)
-        for row, token, done in zip(filtered, drawn.tolist(), enough.tolist(), strict=True):
-            tokens[row] = token if done else -1
-        filtered = [row for row in filtered if tokens[row] < 0]
-        candidates = scaled.shape[-1]
-    return tokens
+    plain = sorted(set(range(len(samplings))) - set(filtered))
+    tokens = torch.zeros(len(samplings), dtype=torch.int64, device=logits.device)
+    enough = torch.ones_like(tokens)
+    if plain:
+        rows = _on_device(plain, logits)
+        tokens[rows] = _invert(torch.softmax(_some(scaled, plain), dim=-1), how[rows, 1])
+    if filtered:
+        rows = _on_device(filtered, logits)
+        tokens[rows], enough[rows] = _filtered(_some(scaled, filtered), how[rows], min(candidates, scaled.shape[-1]))
+    return tokens, enough
 
 
-def _filtered(scaled: Tensor, samplings: Many[Sampling], points: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+def _filtered(scaled: Tensor, how: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Draw among the `candidates` likeliest tokens; and whether they were enough to know what the filters keep."""
     vocab = scaled.shape[-1]
     device = scaled.device
-    top_k = torch.tensor([s.top_k or vocab for s in samplings], device=device)[:, None]
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)[:, None]
-    min_p = torch.tensor([s.min_p for s in samplings], dtype=torch.float64, device=device)[:, None]
+    _, points, top_k, top_p, min_p = how.split(1, dim=1)
+    top_k = torch.where(top_k > 0, top_k, vocab)
     best, ids = scaled.topk(candidates, dim=-1)
     weights = torch.exp((best - best[:, :1]).double())
     in_k = torch.arange(candidates, device=device) < top_k
@@ -124,9 +131,9 @@ def _filtered(scaled: Tensor, samplings: Many[Sampling], points: Tensor, candida
     kept[:, 0] = True
     enough = ~kept[:, -1] | (top_k[:, 0] <= candidates) | (candidates == vocab)
     cumulative = weights.masked_fill(~kept, 0).cumsum(dim=-1)
-    place = torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True)
+    place = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
     last = kept.sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(place, last))[:, 0], enough
+    return ids.gather(1, torch.minimum(place, last))[:, 0], enough.long()
 
 
 def _invert(probs: Tensor, points: Tensor) -> Tensor:
@@ -144,17 +151,15 @@ def _invert(probs: Tensor, points: Tensor) -> Tensor:
     return (block * _BLOCK + torch.minimum(place, last))[:, 0]
 
 
-def _logprob_rows(logits: Tensor, samplings: Many[Sampling]) -> dict[int, Tensor]:
-    """Log-probabilities under the raw distribution of the rows that report them: row -> [vocab]."""
-    rows = [row for row, s in enumerate(samplings) if s.logprobs is not None]
-    if not rows:
-        return {}
-    return dict(zip(rows, torch.log_softmax(logits[rows].float(), dim=-1), strict=True))
-
-
-def _report(logprobs: Tensor | None, token: int, sampling: Sampling) -> TokenLogprob | None:
-    if logprobs is None or sampling.logprobs is None:
-        return None
-    values, ids = logprobs.topk(sampling.logprobs)
-    top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), top)
+def _report(raw: Tensor, rows: Many[int], tokens: Many[int], samplings: Many[Sampling]) -> dict[int, TokenLogprob]:
+    """What the rows report that `raw` [rows, vocab] holds the log-probabilities of, under the raw distribution."""
+    most = max(samplings[row].logprobs or 0 for row in rows)
+    values, ids = raw.topk(most)
+    # Of a row that is not finite any token may have been drawn.
+    mine = raw.gather(1, _on_device([tokens[row] for row in rows], raw)[:, None].clamp(max=raw.shape[1] - 1))
+    numbers = torch.cat([mine.double(), values.double(), ids.double()], 1).tolist()
+    report = {}
+    for row, (logprob, *top) in zip(rows, numbers, strict=True):
+        best = list(zip(map(int, top[most:]), top[:most], strict=True))
+        report[row] = TokenLogprob(tokens[row], logprob, best[: samplings[row].logprobs])
+    return report

@@ -27,14 +27,19 @@ struct By<bf16> {
 };
 #endif
 
-// out[m][n] += the sum over k of x[m][k] weights[k][n]; `columns` lie between two steps of the weights.
+// out[m][n] += the sum over k of x[m][k] weights[k][n]; `columns` lie between two steps of the weights. Rows are reached
+// from every third one, so that their addresses stay in registers.
 template <class T, int M, int N>
 inline void multiply(const T *x, int64_t x_row, const T *weights, int64_t columns, int k_size, F (*out)[N]) {
     constexpr int STEP = By<T>::STEP;
-    for (int k = 0; k < k_size; k += STEP)
-        for (int n = 0; n < N; n++)
-            for (int m = 0; m < M; m++)
-                out[m][n] = By<T>::add(out[m][n], weights + k * columns + n * LANES * STEP, x + m * x_row + k);
+    const T *thirds[3] = {x, x + 3 * x_row, x + 6 * x_row};
+    const T *end = x + k_size;
+    for (; thirds[0] < end; weights += STEP * columns) {
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++)
+                out[m][n] = By<T>::add(out[m][n], weights + n * LANES * STEP, thirds[m / 3] + m % 3 * x_row);
+        for (int i = 0; i < 3; i++) thirds[i] += STEP;
+    }
 }
 
 // Calls `f` with the rows cut into pieces of 8, 4, 2 and 1.
@@ -53,8 +58,9 @@ struct Slot {
     int64_t columns;  // of A: the siblings' ranks, each to a multiple of `step`, together to one of LANES
 };
 
+// The blocks are calls: in one large function the rows' addresses would not stay in registers.
 template <class T, int M, int N>
-inline void shrink_block(const T *x, int64_t x_row, const Slot<T> &slot, int k_size, float weight, int column, T *v,
+[[gnu::noinline]] void shrink_block(const T *x, int64_t x_row, const Slot<T> &slot, int k_size, float weight, int column, T *v,
                          int64_t v_row) {
     F total[M][N] = {};
     multiply<T, M, N>(x, x_row, slot.a + column * By<T>::STEP, slot.columns, k_size, total);
@@ -71,6 +77,8 @@ void shrink(const T *x, int64_t x_row, int rows, const Slot<T> &slot, int k_size
         int column = 0;
         for (; column + 3 * LANES <= slot.columns; column += 3 * LANES)
             shrink_block<T, M, 3>(from, x_row, slot, k_size, weight, column, to, v_row);
+        for (; column + 2 * LANES <= slot.columns; column += 2 * LANES)
+            shrink_block<T, M, 2>(from, x_row, slot, k_size, weight, column, to, v_row);
         for (; column < slot.columns; column += LANES)
             shrink_block<T, M, 1>(from, x_row, slot, k_size, weight, column, to, v_row);
     });
@@ -83,7 +91,7 @@ struct Part {  // of a member: its columns of v and its B for one sibling
 };
 
 template <class T, int M, int N>
-inline void expand_block(T *y, int64_t y_row, const std::vector<Part<T>> &parts, int64_t v_row, int row, int width,
+[[gnu::noinline]] void expand_block(T *y, int64_t y_row, const std::vector<Part<T>> &parts, int64_t v_row, int row, int width,
                          int column) {
     F total[M][N];
     for (int m = 0; m < M; m++)

@@ -85,14 +85,29 @@ def test_the_plot_is_svg_with_a_bar_for_each_time() -> None:
     assert "S<128" in [one.text for one in root if one.tag.endswith("text")]
 
 
-def test_engine_and_tests_have_their_lines() -> None:
+def test_the_engine_its_peers_and_the_tests_have_their_lines() -> None:
+    base = {"title": "no LoRA", "run_s": [10.0, 12.0, 11.0]}
+    dynamic = {"title": "16 slots", "run_s": [10.0, 12.5, 12.0]}
+    step = {"title": "no LoRA", "rows": 256, "step_s": 6e-3, "floor_s": 5e-3, "of_floor": 1.2, "outside": 0.04}
+    engine = {
+        **KERNELS, "part": "engine", "setting": "A job.", "job": {"rows": 100, "output_tokens": 22},
+        "runners": {"loramill-base": base, "loramill-16": dynamic}, "decode": [{"name": "loramill-base"} | step],
+    }  # fmt: skip
     runners = {
         "loramill-base": {"title": "no LoRA", "rows": 512, "output_tokens_per_s": 20000.0},
-        "loramill-64": {"title": "64 slots", "rows": 512, "output_tokens_per_s": 18000.0},
+        "loramill-16": {"title": "16 slots", "rows": 512, "output_tokens_per_s": 18000.0},
+        "peft-mixed": {"title": "PEFT", "rows": 64, "output_tokens_per_s": 1500.0},
     }
-    engine = {**KERNELS, "part": "engine", "runners": runners, "absent": {"peft": "late"}, "setting": "A job."}
+    peers = {**KERNELS, "part": "peers", "runners": runners, "absent": {"continuous": "late"}, "setting": "A job."}
     tests = {**KERNELS, "part": "tests", "passed": 300, "failed": 0, "skipped": 2}
-    text = section([engine, tests])
-    assert "| 64 slots | 512 | 18000 | 90% |" in text
-    assert "| peft | | absent: late | |" in text
+    text = section([engine, peers, tests])
+    assert "| own dynamic, of own no-LoRA: at least 95% | 96.0% (91.7% to 100.0%) | 2 of 3 |" in text
+    assert "| own no-LoRA decode step, times its floor: at most 1.35 | 1.20x | 1 of 1 |" in text
+    assert "| a pass outside the forward, at 256 rows: at most 5% | 4.0% | 1 of 1 |" in text
+    assert "| no LoRA | 11.00 (10.00 to 12.00) | 200 |" in text
+    assert "| no LoRA | 256 | 6.00 | 5.00 | 1.20 | 4.0% |" in text
+    assert "| loramill-base / transformers-continuous: at least 1.5 | not measured | |" in text
+    assert "| loramill-16 / peft-mixed: at least 10 | 12.00x | 1 of 1 |" in text
+    assert "| 16 slots | 512 | 18000 | 90% |" in text
+    assert "| continuous | | absent: late | |" in text
     assert "300 passed, 0 failed, 2 skipped." in text

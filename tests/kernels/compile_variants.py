@@ -15,10 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loramill.kernels.attention_triton import attention_variants
 from loramill.kernels.expand import expand_variants
 from loramill.kernels.jit import ALIGNMENT, Variant
+from loramill.kernels.layer_triton import layer_variants
 from loramill.kernels.rows import row_variants
 from loramill.kernels.shrink import shrink_variants
+
+LISTS = (shrink_variants, expand_variants, row_variants, attention_variants, layer_variants)
 
 TARGETS = (
     GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64),
@@ -67,10 +71,7 @@ def output_of(tool: Path, *arguments: str | Path) -> str | None:
 
 def main(part: int, parts: int) -> None:
     jobs = [
-        (target, variant)
-        for target in TARGETS
-        for variants in (shrink_variants, expand_variants, row_variants)
-        for variant in variants(target.backend == "hip")
+        (target, variant) for target in TARGETS for variants in LISTS for variant in variants(target.backend == "hip")
     ]
     for target, variant in jobs[part::parts]:
         program = compiled(variant, target)

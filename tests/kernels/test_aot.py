@@ -14,9 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from loramill.kernels.expand import expand_variants
-from loramill.kernels.rows import row_variants
-from loramill.kernels.shrink import shrink_variants
+from tests.kernels.compile_variants import LISTS
 
 SHARED_MEMORY = {"cuda 80": 163 << 10, "cuda 90": 227 << 10, "cuda 100": 227 << 10, "hip gfx942": 64 << 10}
 """Bytes of shared memory that one program may have."""
@@ -44,7 +42,7 @@ def programs() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_all_of_them_compile_and_fit(programs: list[dict[str, Any]], target: str) -> None:
     mine = [program for program in programs if program["target"] == target]
-    listed = [v for of in (shrink_variants, expand_variants, row_variants) for v in of(target.startswith("hip"))]
+    listed = [v for of in LISTS for v in of(target.startswith("hip"))]
     assert Counter(p["kernel"] for p in mine) == Counter(v.kernel.function.__name__ for v in listed)
     assert [program for program in mine if program["shared"] > SHARED_MEMORY[target]] == []
 

@@ -138,3 +138,22 @@ def test_bfloat16_logits_are_drawn_from_too() -> None:
     row = logits().to(torch.bfloat16)
     got = draw(row[None].clone(), [sequence(1, temperature=0, repetition_penalty=1.1)])[0].token
     assert got == int(row.float().argmax())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_draw_nothing_however_they_are_asked(value: float) -> None:
+    """They go through the same operations as the others, which must neither fail nor touch these."""
+    hows: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.999}, {"logprobs": 3}, {"min_p": 0.1}]
+    bad = [logits().index_fill(0, torch.tensor([4]), value) for _ in hows]
+    rows = [sequence(1, **how) for how in hows]
+    mixed = draw(torch.stack([*bad, *(logits() for _ in hows)]), rows + rows)
+    assert [one.token for one in mixed[: len(hows)]] == [None] * len(hows)
+    assert mixed[len(hows) :] == draw(torch.stack([logits() for _ in hows]), rows)
+
+
+def test_each_row_reports_as_many_alternatives_as_it_asks_for() -> None:
+    asked = [None, 2, 0, 5]
+    rows = [sequence(3, temperature=0, logprobs=count) for count in asked]
+    got = [one.logprob for one in draw(torch.stack([logits(n) for n in range(4)]), rows)]
+    assert [None if one is None else len(one.top) for one in got] == asked
+    assert all(one is None or not one.top or one.top[0] == (one.token_id, one.logprob) for one in got)
