@@ -104,15 +104,16 @@ template <class T, int M, int N>
 
 template <class T>
 void expand(T *y, int64_t y_row, int rows, const std::vector<Part<T>> &parts, int64_t v_row, int width) {
-    int column = 0;
-    for (; column + 2 * LANES <= width; column += 2 * LANES)
-        by_rows(rows, [&](int row, auto height) {
-            expand_block<T, decltype(height)::value, 2>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
-        });
-    for (; column < width; column += LANES)
-        by_rows(rows, [&](int row, auto height) {
-            expand_block<T, decltype(height)::value, 1>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
-        });
+    // Rows of y often lie a multiple of 4096 bytes apart, where they push each other out of the first cache: so few of
+    // them at a time, and each from end to end.
+    by_rows(rows, [&](int row, auto height) {
+        constexpr int M = decltype(height)::value;
+        int column = 0;
+        for (; column + 2 * LANES <= width; column += 2 * LANES)
+            expand_block<T, M, 2>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
+        for (; column < width; column += LANES)
+            expand_block<T, M, 1>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
+    });
 }
 
 struct Tile {
