@@ -55,7 +55,8 @@ class Part(Job):
 
 
 def part_of(job: Job, rows: int, output_tokens: int) -> Part:
-    return Part(replace(job.spec, rows=rows, output_tokens=output_tokens), job.folder, job.rows()[:rows])
+    first = [replace(row, output_tokens=output_tokens) for row in job.rows()[:rows]]
+    return Part(replace(job.spec, rows=rows, output_tokens=output_tokens), job.folder, first)
 
 
 def runners(device: str) -> list[tuple[Runner, int]]:
