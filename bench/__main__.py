@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    started = time.monotonic()
     out = options.out or options.dir / "results"
     out.mkdir(parents=True, exist_ok=True)
     about = {
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         (out / f"{race.name}.json").write_text(json.dumps(results[race.name], indent=2) + "\n")
 
     try:
-        measure(races, options.repeats, options.minutes, _say, keep)
+        measure(races, options.repeats, options.minutes - (time.monotonic() - started) / 60, _say, keep)
     except (RunnerError, TokensError) as error:
         _say(str(error))
         return 1

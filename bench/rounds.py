@@ -16,7 +16,7 @@ from bench import ROOT
 from bench.child import ENTRY
 from bench.figures import agreement, check_agreement, check_counts, ratios, spread
 from bench.job import Job, Row
-from bench.machine import threads, watch_others
+from bench.machine import adopt, reap, threads, watch_others
 from bench.peers.runner import REFERENCES, Runner, runners
 
 NOISE_CORES = 0.1
@@ -107,6 +107,7 @@ def measure(races: Sequence[Race], repeats: int, minutes: float, say: Say, keep:
     No race begins a round that would pass `minutes`, by how long its rounds took before.
     """
     started = time.monotonic()
+    adopt()
     for number in range(repeats):
         for race in races:
             if not race.measured:
@@ -134,6 +135,7 @@ def run_once(job: Job, runner: Runner) -> dict[str, Any]:
             text=True,
             check=False,
         )
+        reap()
         if done.returncode:
             raise RunnerError(f"{runner.name} failed:\n{done.stderr[-2000:].strip()}")
         return json.loads(out.read_text())

@@ -42,7 +42,7 @@ class Transformers(_Runner):
 
 
 class TransformersContinuous(_Runner):
-    """No LoRA: `generate_batch`, which puts a new row where one has ended."""
+    """No LoRA: the manager behind `generate_batch`, which puts a new row where one has ended; rows have own lengths."""
 
     name = "transformers-continuous"
     title = "transformers continuous batching, no LoRA"
@@ -53,12 +53,11 @@ class TransformersContinuous(_Runner):
     def _continuous(self, job: Job, rows: Sequence[Row]) -> dict[str, list[int]]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        per_row = -(-job.spec.longest() // PAGE_TOKENS) + 1
+        # On a device it takes what is free there; on a CPU that is most of the machine's memory, and filled with zeros.
+        pages = min(len(rows), self.batch_rows) * (-(-job.spec.longest() // PAGE_TOKENS) + 1)
+        sizes = {"page_size": PAGE_TOKENS, "num_blocks": pages, "max_batch_tokens": BATCH_TOKENS}
         config = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
-            num_blocks=min(len(rows), self.batch_rows) * per_row,
-            max_batch_tokens=BATCH_TOKENS,
-            max_requests_per_batch=self.batch_rows,
+            max_requests_per_batch=self.batch_rows, **(sizes if self.device == "cpu" else {})
         )
         longest = GenerationConfig(
             max_new_tokens=job.spec.output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0

@@ -48,7 +48,7 @@ class Vllm(Runner):
 
     def load(self, job: Job) -> None:
         """The engine, compiled, and every adapter known by its folder."""
-        from vllm import LLM  # type: ignore[import-not-found,unused-ignore]
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]
 
         lora: dict[str, Any] = {"enable_lora": True, "max_loras": self.max_loras, "max_lora_rank": job.spec.rank}
         self.options = {
@@ -58,6 +58,7 @@ class Vllm(Runner):
             **(lora if self.lora else {}),
         }
         self.model = LLM(model=str(job.base), disable_log_stats=True, **self.options)
+        self.model.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2), use_tqdm=False)
 
     def run(self, job: Job) -> Answers:
         from vllm import SamplingParams
