@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
     """
     with tempfile.TemporaryDirectory() as folder:
         output, said, errors = (Path(folder) / name for name in ("out.jsonl", "said", "errors"))
-        command = [COMMAND, "run", *arguments, "-o", output, "--json", "--quiet"]
+        command = [str(COMMAND), "run", *arguments, "-o", str(output), "--json", "--quiet"]
         with said.open("w") as stdout, errors.open("w") as stderr:
             environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
@@ -44,14 +44,15 @@ def run(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
 def _wait(pid: int) -> tuple[int, int]:
     """Its exit code, and the most bytes that it and its children had resident at once.
 
-    The system remembers the most of one process exactly; of several together there is only what a look finds.
+    The system remembers the most of one process; of several together there is only what a look finds. (What wait4
+    tells of a process begins with the memory of the one that started it.)
     """
     most = 0
     while True:
-        ended, status, used = os.wait4(pid, os.WNOHANG)
+        ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status), max(most, used.ru_maxrss * 1024)
-        most = max(most, sum(map(_resident, _family(pid))))
+            return os.waitstatus_to_exitcode(status), most
+        most = max(most, _bytes(pid, "VmHWM"), sum(_bytes(one, "VmRSS") for one in _family(pid)))
         time.sleep(LOOK_S)
 
 
@@ -65,9 +66,10 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _resident(pid: int) -> int:
-    fields = _read(Path(f"/proc/{pid}/statm")).split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+def _bytes(pid: int, field: str) -> int:
+    """A field of the process's status, which has kB."""
+    lines = [line.split() for line in _read(Path(f"/proc/{pid}/status")).splitlines() if line.startswith(field)]
+    return int(lines[0][1]) * 1024 if lines else 0
 
 
 def _read(file: Path) -> str:
