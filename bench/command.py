@@ -1,4 +1,4 @@
-"""`loramill run` as a measured process: its summary, and the most memory that it held."""
+"""`loramill run` as a measured process: its summary, and the most memory that it and its children held."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 COMMAND = Path(sys.executable).with_name("loramill")
-
-_MEASURED = """
-import os, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE)
-sys.stdout.buffer.write(done.stdout)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
-sys.exit(done.returncode)
-"""
+LOOK_S = 0.05
+"""Between two looks at the memory."""
 
 
 class CommandError(Exception):
@@ -33,18 +28,53 @@ def run(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
         CommandError: it did not end with 0.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "out.jsonl"
-        command = [COMMAND, "run", *arguments, "-o", output, "--json", "--quiet"]
-        # A process in between, so that the memory is that of this one command.
-        done = subprocess.run(
-            [sys.executable, "-c", _MEASURED, *map(str, command)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        if done.returncode:
-            raise CommandError(f"loramill {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        summary, memory = done.stdout.splitlines()
+        output, said, errors = (Path(folder) / name for name in ("out.jsonl", "said", "errors"))
+        command = [str(COMMAND), "run", *arguments, "-o", str(output), "--json", "--quiet"]
+        with said.open("w") as stdout, errors.open("w") as stderr:
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+            code, most = _wait(process.pid)
+            process.returncode = code
+        if code:
+            raise CommandError(f"loramill {' '.join(arguments)} ended with {code}:\n{errors.read_text()[-2000:]}")
         lines = [json.loads(line) for line in output.read_text().splitlines()]
-    return json.loads(summary) | {"max_rss_bytes": int(memory)}, lines
+        return json.loads(said.read_text()) | {"max_rss_bytes": most}, lines
+
+
+def _wait(pid: int) -> tuple[int, int]:
+    """Its exit code, and the most bytes that it and its children had resident at once.
+
+    The system remembers the most of one process; of several together there is only what a look finds. (What wait4
+    tells of a process begins with the memory of the one that started it.)
+    """
+    most = 0
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), most
+        most = max(most, _bytes(pid, "VmHWM"), sum(_bytes(one, "VmRSS") for one in _family(pid)))
+        time.sleep(LOOK_S)
+
+
+def _family(pid: int) -> list[int]:
+    """`pid` and its descendants; on Linux, elsewhere none."""
+    found, new = [pid], [pid]
+    while new:
+        tasks = [task for parent in new for task in Path("/proc").glob(f"{parent}/task/*/children")]
+        new = [int(child) for task in tasks for child in _read(task).split()]
+        found += new
+    return found
+
+
+def _bytes(pid: int, field: str) -> int:
+    """A field of the process's status, which has kB."""
+    lines = [line.split() for line in _read(Path(f"/proc/{pid}/status")).splitlines() if line.startswith(field)]
+    return int(lines[0][1]) * 1024 if lines else 0
+
+
+def _read(file: Path) -> str:
+    """A file of a process, empty when it has ended."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

@@ -10,16 +10,9 @@ from statistics import median
 Tokens = Mapping[str, Sequence[int]]
 """Output token ids by `custom_id`."""
 
-RATIOS = (
-    ("loramill", "peft-mixed"),
-    ("loramill", "peft-grouped"),
-    ("loramill", "loramill-base"),
-    ("loramill-16", "peft-mixed"),
-    ("loramill-16", "peft-grouped"),
-    ("loramill-16", "loramill-base"),
-    ("loramill-base", "transformers"),
-)
-"""Pairs whose rates are compared: how many times the second's rate the first has."""
+BASE = "loramill-base"
+OURS = ("loramill", "loramill-16", "loramill-static", "loramill-auto")
+"""Names of loramill's runners, without and with LoRA."""
 
 
 class TokensError(Exception):
@@ -39,14 +32,16 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median(values), min(values), max(values))
 
 
-def check_counts(name: str, tokens: Tokens, ids: Sequence[str], each: int) -> None:
-    """Raise `TokensError` unless `tokens` has exactly `ids`, with `each` tokens for every one."""
+def check_counts(name: str, tokens: Tokens, ids: Sequence[str], each: int | Sequence[int]) -> None:
+    """Raise `TokensError` unless `tokens` has exactly `ids`, with `each` tokens for every one, or for each its own."""
     missing, unasked = set(ids) - set(tokens), set(tokens) - set(ids)
     if missing or unasked:
         raise TokensError(f"{name}: {len(missing)} rows are missing and {len(unasked)} were not asked for")
-    wrong = [row for row in ids if len(tokens[row]) != each]
+    counts = [each] * len(ids) if isinstance(each, int) else each
+    wrong = [(row, count) for row, count in zip(ids, counts, strict=True) if len(tokens[row]) != count]
     if wrong:
-        raise TokensError(f"{name}: {len(wrong)} rows have not {each} tokens; {wrong[0]} has {len(tokens[wrong[0]])}")
+        row, count = wrong[0]
+        raise TokensError(f"{name}: {len(wrong)} rows have another count; {row} has {len(tokens[row])}, not {count}")
 
 
 def agreement(tokens: Tokens, reference: Tokens) -> dict[str, float]:
@@ -70,10 +65,20 @@ def check_agreement(name: str, found: Mapping[str, float]) -> None:
         )
 
 
+def ratio(seconds: Mapping[str, Sequence[float]], first: str, second: str) -> list[float]:
+    """How many times the rate of `second` the rate of `first` is, one per round: rounds are paired, so that drift of
+    the machine cancels. Empty unless both ran."""
+    return [theirs / mine for mine, theirs in zip(seconds.get(first, ()), seconds.get(second, ()), strict=False)]
+
+
+def best(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> str | None:
+    """Of `names`, the one that ran with the least median; None if none ran."""
+    return min((name for name in names if seconds.get(name)), key=lambda name: median(seconds[name]), default=None)
+
+
 def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Rate ratios of `RATIOS` where both ran, one per round: rounds are paired, so drift of the machine cancels."""
-    return {
-        f"{ours} / {peer}": [theirs / mine for mine, theirs in zip(seconds[ours], seconds[peer], strict=True)]
-        for ours, peer in RATIOS
-        if seconds.get(ours) and seconds.get(peer)
-    }
+    """Each runner against loramill without LoRA, and loramill's best with LoRA against each, one ratio per round."""
+    ours = best(seconds, OURS)
+    pairs = [(name, BASE) for name in seconds if name != BASE]
+    pairs += [(ours, name) for name in seconds if ours and name not in (ours, BASE)]
+    return {f"{one} / {other}": found for one, other in pairs if (found := ratio(seconds, one, other))}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ def watch_others() -> Iterator[list[float]]:
     if busy is not None:
         others = _busy_s() - busy - (_children_s() - own)
         found.append(max(0.0, others / (time.perf_counter() - wall)))
+
+
+def adopt() -> None:
+    """From now on be the parent of descendants whose own parent has ended, so that `reap` finds them. Linux only."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap(within_s: float = 10.0) -> None:
+    """Wait for whatever this process has as children, so that their seconds count as its own, not as others'.
+
+    vLLM's worker outlives what started it: its 27 s of a run of 47 were taken for another's.
+    """
+    until = time.monotonic() + within_s
+    with suppress(ChildProcessError):
+        while time.monotonic() < until:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.02)
+
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def hardware() -> dict[str, Any]:

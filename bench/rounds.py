@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench import ROOT
+from bench.child import ENTRY
 from bench.figures import agreement, check_agreement, check_counts, ratios, spread
-from bench.job import Job
-from bench.machine import threads, watch_others
-from bench.peers.runner import REFERENCES, runners
+from bench.job import Job, Row
+from bench.machine import adopt, reap, threads, watch_others
+from bench.peers.runner import REFERENCES, Runner, runners
 
 NOISE_CORES = 0.1
 """Cores busy with other processes from which on a run is called noisy."""
+
+Say = Callable[[str], None]
 
 
 class RunnerError(Exception):
@@ -37,72 +39,111 @@ class Measured:
     load_s: list[float] = field(default_factory=list)
     others_cores: list[float] = field(default_factory=list)
     """Cores kept busy by other processes meanwhile."""
+    peak_bytes: list[int] = field(default_factory=list)
+    """Of the runners that watch it."""
     agreement: dict[str, float] = field(default_factory=dict)
     """With the reference runner of its kind, in the first round."""
     details: dict[str, Any] = field(default_factory=dict)
     """Of the first round."""
 
 
-def measure(job: Job, names: list[str], repeats: int, minutes: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run `names` in turn, `repeats` times; no round starts that would pass `minutes`. Returns plain results."""
-    started = time.monotonic()
-    every = runners()
-    absent = {name: reason for name in names if (reason := every[name].absent())}
-    for name, reason in absent.items():
-        say(f"{name}: absent: {reason}")
-    measured = {name: Measured(every[name].title, every[name].lora) for name in names if name not in absent}
-    for number in range(repeats):
-        spent = time.monotonic() - started
-        if number and spent / number * (number + 1) > minutes * 60:
-            say(f"stopped after {number} of {repeats} rounds: another would pass {minutes:g} minutes")
-            break
-        _round(job, measured, f"round {number + 1}/{repeats}", say)
-    return summarise(job, measured) | {"absent": absent}
+class Race:
+    """One job and the runners that answer it, round by round."""
 
+    def __init__(self, name: str, job: Job, names: Sequence[str], say: Say) -> None:
+        """`names` of runners; those that cannot run here are told and left out."""
+        every = runners()
+        self.name, self.job, self._say, self._rows = name, job, say, job.rows()
+        self.absent = {name: reason for name in names if (reason := every[name].absent())}
+        for runner, reason in self.absent.items():
+            say(f"{name}: {runner}: absent: {reason}")
+        self._runners: dict[str, Runner] = {name: every[name] for name in names if name not in self.absent}
+        self.measured = {name: Measured(one.title, one.lora) for name, one in self._runners.items()}
+        self.rounds = 0
+        self.round_s = 0.0
+        """Of the longest round, loading included."""
 
-def _round(job: Job, measured: dict[str, Measured], label: str, say: Callable[[str], None]) -> None:
-    """One run of each, in order; nothing of the round counts unless every runner's tokens are as asked."""
-    ids = [row.custom_id for row in job.rows()]
-    answers: dict[str, dict[str, Any]] = {}
-    for name in measured:
+    def round(self) -> None:
+        """One run of each, in order; nothing of the round counts unless every runner's tokens are as asked.
+
+        Raises:
+            RunnerError, TokensError: a runner failed, or did not answer what was asked.
+        """
+        began = time.monotonic()
+        answers = {name: self._run(name, runner) for name, runner in self._runners.items()}
+        for name, entry in self.measured.items():
+            answer = answers[name]
+            reference = answers.get(REFERENCES[entry.lora])
+            agreed = agreement(answer["tokens"], reference["tokens"]) if reference else {}
+            if reference:
+                check_agreement(name, agreed)
+            if not entry.run_s:
+                entry.details, entry.agreement = answer["details"], agreed
+            entry.run_s.append(answer["run_s"])
+            entry.load_s.append(answer["load_s"])
+            entry.others_cores += answer["others"]
+            entry.peak_bytes += [answer["peak_bytes"]] if answer["peak_bytes"] else []
+        self.rounds += 1
+        self.round_s = max(self.round_s, time.monotonic() - began)
+
+    def _run(self, name: str, runner: Runner) -> dict[str, Any]:
         with watch_others() as others:
-            answers[name] = run_once(job, name)
-        answers[name]["others"] = others
-        check_counts(name, answers[name]["tokens"], ids, job.spec.output_tokens)
+            answer = run_once(self.job, runner)
+        answer["others"] = others
+        asked = [row.custom_id for row in self._rows]
+        check_counts(name, answer["tokens"], asked, [row.output_tokens for row in self._rows])
         noise = f" ({others[0]:.1f} cores busy with other processes)" if others and others[0] > NOISE_CORES else ""
-        say(f"{label}: {name}: {answers[name]['run_s']:.2f} s{noise}")
-    for name, entry in measured.items():
-        answer = answers[name]
-        reference = answers.get(REFERENCES[entry.lora])
-        agreed = agreement(answer["tokens"], reference["tokens"]) if reference else {}
-        if reference:
-            check_agreement(name, agreed)
-        if not entry.run_s:
-            entry.details, entry.agreement = answer["details"], agreed
-        entry.run_s.append(answer["run_s"])
-        entry.load_s.append(answer["load_s"])
-        entry.others_cores += answer["others"]
+        self._say(f"{self.name}, round {self.rounds + 1}: {name}: {answer['run_s']:.2f} s{noise}")
+        return answer
+
+    def summary(self) -> dict[str, Any]:
+        """Every repeat's seconds, their medians, output rates, and ratios by round, in plain values."""
+        return summarise(self._rows, self.measured) | {"absent": self.absent}
 
 
-def run_once(job: Job, name: str) -> dict[str, Any]:
+def measure(races: Sequence[Race], repeats: int, minutes: float, say: Say, keep: Callable[[Race], None]) -> None:
+    """Rounds over all `races` in turn, so that each meets the machine's every mood; `keep` is called after each.
+
+    No race begins a round that would pass `minutes`, by how long its rounds took before.
+    """
+    started = time.monotonic()
+    adopt()
+    for number in range(repeats):
+        for race in races:
+            if not race.measured:
+                continue
+            if time.monotonic() - started + race.round_s > minutes * 60:
+                say(f"{race.name}: no round {number + 1} of {repeats}: it would pass {minutes:g} minutes")
+                continue
+            race.round()
+            keep(race)
+
+
+def run_once(job: Job, runner: Runner) -> dict[str, Any]:
     """The answers of one runner from a process of its own, as `bench.child` writes them; raises `RunnerError`."""
     count = str(threads())
     quiet = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.json"
         spec = json.dumps(asdict(job.spec))
-        command = [sys.executable, "-m", "bench.child", name, spec, str(job.folder.parent.resolve()), str(out)]
+        cache = str(job.folder.parent.resolve())
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **quiet}, capture_output=True, text=True, check=False
+            [runner.python(), "-c", ENTRY, runner.name, spec, cache, out],
+            cwd=ROOT,
+            env={**os.environ, **quiet, **runner.environment()},
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        reap()
         if done.returncode:
-            raise RunnerError(f"{name} failed:\n{done.stderr[-2000:].strip()}")
+            raise RunnerError(f"{runner.name} failed:\n{done.stderr[-2000:].strip()}")
         return json.loads(out.read_text())
 
 
-def summarise(job: Job, measured: dict[str, Measured]) -> dict[str, Any]:
-    """Every repeat's seconds, their medians, output rates, and ratios by round."""
-    output_tokens = job.spec.rows * job.spec.output_tokens
+def summarise(rows: Sequence[Row], measured: dict[str, Measured]) -> dict[str, Any]:
+    """What `Race.summary` says of its runners."""
+    output_tokens = sum(row.output_tokens for row in rows)
     return {
         "runners": {
             name: asdict(entry)

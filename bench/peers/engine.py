@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bench.job import Job, Row
-from bench.peers.runner import Answers
+from bench.peers.runner import Answers, Runner
 from loramill.producer.plan import plan
 from loramill.producer.waves import Limits, MixFacts
 from loramill.worker.adapters import open_adapter
@@ -17,7 +17,7 @@ from loramill.worker.model import describe_base
 from loramill.worker.request import Request, Sampling, plain
 
 
-class EngineRunner:
+class EngineRunner(Runner):
     """Every row by its adapter over `slots` slots; 0 slots is the base alone."""
 
     def __init__(self, slots: int, device: str, max_num_seqs: int, dtype: str = "bfloat16") -> None:
@@ -51,10 +51,7 @@ class EngineRunner:
         rows = job.rows()
         started = time.perf_counter()
         before = (self.model.stats.adapter_loads, self.model.stats.steps)
-        for number in self._order(rows, job):
-            row = rows[number]
-            sampling = Sampling(job.spec.output_tokens, temperature=0, ignore_eos=True)
-            self.model.add(Request(number, row.prompt, sampling, plain(self._hashes.get(row.adapter))))
+        self.add(job)
         tokens = {}
         while self.model.has_work:
             for result in self.model.step():
@@ -64,12 +61,20 @@ class EngineRunner:
         loads, steps = (now - then for now, then in zip(after, before, strict=True))
         return Answers(run_s, tokens, details={"adapter_loads": loads, "steps": steps})
 
+    def add(self, job: Job) -> None:
+        """Queue every row, in the order of the plan."""
+        rows = job.rows()
+        for number in self._order(rows, job):
+            row = rows[number]
+            sampling = Sampling(row.output_tokens, temperature=0, ignore_eos=True)
+            self.model.add(Request(number, row.prompt, sampling, plain(self._hashes.get(row.adapter))))
+
     def _order(self, rows: Sequence[Row], job: Job) -> list[int]:
         """As the command plans them."""
         numbers = {name: number for number, name in enumerate(job.adapter_names)} if self.lora else {}
         adapter = np.array([numbers.get(row.adapter, -1) for row in rows], dtype=np.int32)
         prompt = np.array([len(row.prompt) for row in rows], dtype=np.int64)
-        answer = np.full(len(rows), job.spec.output_tokens, dtype=np.int64)
+        answer = np.array([row.output_tokens for row in rows], dtype=np.int64)
         facts = [MixFacts((number,), job.spec.rank) for number in numbers.values()]
         limits = Limits(max(1, self.slots), self._max_num_seqs, 8192)
         return [int(number) for number in plan(adapter, prompt, answer, facts, limits, mode="dynamic").rows]

@@ -2,68 +2,74 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from functools import cache
 
+from bench import command
 from bench.job import Job
-from bench.peers.runner import Answers
+from bench.peers.runner import Answers, Runner
 
 
-class Loramill:
-    """`loramill run` over the job: adapters loaded and evicted as its plan needs, or all rows by the base.
+class Loramill(Runner):
+    """`loramill run` over the job: all rows by the base, or by adapters in one of its modes.
 
-    8 slots are the command's default, and evict here; 16 hold every adapter, as PEFT does.
+    8 slots are the command's default, and evict where there are more adapters; 16 hold every adapter of the main point,
+    as PEFT does.
     """
 
-    def __init__(self, *, slots: int = 0) -> None:
-        """`slots` is --max-loras-per-batch; 0 is the base alone."""
-        self.slots = slots
-        self.lora = slots > 0
-        self.name = {0: "loramill-base", 8: "loramill"}.get(slots, f"loramill-{slots}")
-        self.title = f"loramill, dynamic, {slots} slots" if slots else "loramill, no LoRA"
-        self.command = Path(sys.executable).with_name("loramill")
+    def __init__(
+        self, name: str, about: str, *, slots: int = 0, mode: str = "dynamic", flags: tuple[str, ...] = ()
+    ) -> None:
+        """`slots` is --max-loras-per-batch; without it or a mode other than dynamic, the base answers alone."""
+        self.name, self.title = name, f"loramill, {about}"
+        self.lora = slots > 0 or mode != "dynamic"
+        self.slots, self.mode, self.flags = slots, mode, flags
 
     def absent(self) -> str | None:
-        return None if self.command.exists() else "the loramill command is not installed beside this Python"
+        if not command.COMMAND.exists():
+            return "the loramill command is not installed beside this Python"
+        unknown = [flag for flag in self.flags if flag not in _help()]
+        return f"this loramill has no {unknown[0]}" if unknown else None
 
     def load(self, job: Job) -> None:
         """The command loads by itself and says how long it ran without that."""
 
     def run(self, job: Job) -> Answers:
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "out.jsonl"
-            command = [self.command, *self.arguments(job, output)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"loramill ended with {done.returncode}")
-            tokens = {}
-            for line in map(json.loads, output.read_text().splitlines()):
-                tokens[line["custom_id"]] = line["response"]["body"]["choices"][0]["token_ids"]
-        summary = json.loads(done.stdout)
+        summary, lines = command.run(self.arguments(job))
+        tokens = {line["custom_id"]: line["response"]["body"]["choices"][0]["token_ids"] for line in lines}
         run_s, load_s = summary.pop("run_s"), summary.pop("load_s")
         counted = {key: value for key, value in summary.items() if isinstance(value, int | float)}
-        return Answers(run_s, tokens, load_s, details={"command": self.shown(job), **counted})
+        return Answers(
+            run_s,
+            tokens,
+            load_s,
+            peak_bytes=summary["max_rss_bytes"],
+            details={"command": self.shown(job), **counted},
+        )
 
-    def arguments(self, job: Job, output: Path) -> list[str]:
-        """The command line after `loramill`."""
-        slots = ["--max-loras-per-batch", str(self.slots), "--lora-mode", "dynamic"]
+    def arguments(self, job: Job) -> list[str]:
+        """The command line after `loramill run`, without what `command.run` adds."""
+        slots = ["--max-loras-per-batch", str(self.slots)] if self.slots else []
+        adapters = ["--adapters-dir", str(job.adapters), *slots, "--lora-mode", self.mode]
         return [
-            "run",
             *("-i", str(job.input_file(lora=self.lora))),
-            *("-o", str(output)),
             *("--base-model", str(job.base)),
-            *(["--adapters-dir", str(job.adapters), *slots] if self.lora else []),
+            *(adapters if self.lora else []),
             *("--dtype", "bfloat16"),
             *("--device", "cpu"),
-            "--json",
-            "--quiet",
+            *self.flags,
         ]
 
     def shown(self, job: Job) -> str:
-        """The command line with the job's folder left out of its paths."""
-        shown = " ".join(["loramill", *self.arguments(job, job.folder / "out.jsonl")])
-        return shown.replace(f"{job.folder}{os.sep}", "")
+        """The command line with the folders of the job left out of its paths."""
+        shown = " ".join(["loramill run", *self.arguments(job), "-o out.jsonl --json --quiet"])
+        for folder in (job.folder, job.base.parent):
+            shown = shown.replace(f"{folder}{os.sep}", "")
+        return shown
+
+
+@cache
+def _help() -> str:
+    done = subprocess.run([command.COMMAND, "run", "--help"], capture_output=True, text=True, check=False)
+    return done.stdout

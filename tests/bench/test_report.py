@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import pytest
 
-from bench.report import DOCUMENTS, load, render, table
+from bench.point_report import plots, table
+from bench.report import DOCUMENTS, load, render
 
 RESULT: dict[str, Any] = {
-    "name": "small",
+    "name": "main",
     "date": "2026-01-02",
     "command": "python -m bench",
     "hardware": {"cpu": "A CPU", "cores": 2, "threads": 2, "bf16": [], "memory_gib": 8.0},
@@ -46,13 +48,18 @@ RESULT: dict[str, Any] = {
 
 def test_table_has_medians_ranges_ratios_and_absent_peers() -> None:
     lines = table(RESULT).splitlines()
-    assert lines[2] == "| ours | 400 (300-500) |  |  |  |"
-    assert lines[3] == "| theirs | 100 (90-110) | 4.00 (3.50-4.50)x |  |  |"
-    assert lines[4] == "| other | absent: not installed | | | |"
+    assert lines[0] == "| | output tokens/s, median (range) | of loramill, no LoRA | ours, is |"
+    assert lines[2] == "| ours | 400 (300-500) |  |  |"
+    assert lines[3] == "| theirs | 100 (90-110) |  | 3.00 (2.00-4.00)x |"
+    assert lines[4] == "| other | absent: not installed | | |"
+    base = RESULT["runners"]["loramill"] | {"title": "base", "run_s": [0.5, 1.0]}
+    lines = table(RESULT | {"runners": {"loramill-base": base, **RESULT["runners"]}}).splitlines()
+    assert lines[2] == "| base | 400 (300-500) |  | 0.50 (0.50-0.50)x |"
+    assert lines[4] == "| theirs | 100 (90-110) | 19% (12%-25%) | 3.00 (2.00-4.00)x |"
 
 
 def test_render_replaces_only_marked_sections() -> None:
-    summary, results, end = "<!-- bench:summary -->\n", "<!-- bench:results -->\n", "<!-- /bench -->\n"
+    summary, results, end = "<!-- bench:summary -->\n", "<!-- bench:points -->\n", "<!-- /bench -->\n"
     document = f"# Title\n{summary}stale\n{end}middle\n{results}{end}end\n"
     made = render(document, [RESULT])
     assert "stale" not in made
@@ -64,6 +71,32 @@ def test_render_replaces_only_marked_sections() -> None:
     assert "at most 0.04 cores busy" in made
     assert render(made, [RESULT]) == made
     assert render("no markers", [RESULT]) == "no markers"
+
+
+def test_every_point_has_its_table_and_plot_and_growth_has_one() -> None:
+    runners = {"loramill": RESULT["runners"]["loramill"] | {"peak_bytes": [2**20, 3 * 2**20]}}
+    spec = {"all_output_tokens": 9, "least_prompt_tokens": 0, "shared_tokens": 0}
+    others = {"ranks-mixed": {"least_rank": 8}, "outputs-varied": {"least_output_tokens": 4}, "shared-prompt": spec}
+    results = [RESULT | {"name": name, "job": {**RESULT["job"], **job}} for name, job in others.items()]
+    tiny = RESULT["job"] | {"tiny": True, "rows": 1000}
+    grown = RESULT | {"name": "growth-1000", "job": tiny, "runners": runners}
+    made = render("<!-- bench:points -->\n<!-- /bench -->\n", [RESULT, grown, *results])
+    assert "ranks 8 to 16 on q_proj" in made
+    assert "10 prompt + 4 to 5 output tokens" in made
+    assert "| 1,000 | 1,500 (1,000-2,000) | 750 (500-1,000) | 2 (1-3) MiB |" in made
+    drawn = plots([RESULT, grown, *results])
+    assert set(drawn) == {f"bench-{name}.svg" for name in ("main", "growth", *others)}
+    for one in drawn.values():
+        assert ElementTree.fromstring(one).tag.endswith("svg")
+
+
+def test_the_engine_says_what_lies_outside_the_forward_pass() -> None:
+    values = {"median": 0.02, "low": 0.01, "high": 0.03}
+    passes = {"no LoRA": {"title": "no LoRA", "pass_s": values, "outside_s": values, "outside": values}}
+    result = {key: RESULT[key] for key in ("date", "hardware", "job")}
+    result |= {"part": "engine-time", "passes": passes, "command": "x", "versions": {"torch": "2"}}
+    made = render("<!-- bench:engine -->\n<!-- /bench -->\n", [result])
+    assert "| no LoRA | 20.00 (10.00-30.00) | 20.00 (10.00-30.00) | 2.0% (1.0%-3.0%) |" in made
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
