@@ -41,8 +41,8 @@ def serves_lora(dtype: torch.dtype, device: torch.device, widths: Sequence[int],
 class NativeLora:
     """Adapter slots over sibling projections that read one input of size `k_size`.
 
-    A slot's A is [K / step, columns, step], the siblings' ranks side by side, and its B [rank / step, width, step] for
-    each sibling: `step` numbers of the reduced dimension together, as the processor multiplies them.
+    A slot's A is [K, columns], the siblings' ranks side by side, and its B [rank, width] for each sibling, both as
+    `_packed` lays them out: `step` numbers of the reduced dimension together, as the processor multiplies them.
     """
 
     def __init__(self, slots: int, widths: Sequence[int], k_size: int, dtype: torch.dtype) -> None:
@@ -92,10 +92,10 @@ class NativeLora:
         )
 
     def _packed(self, weights: Tensor) -> Tensor:
-        """[k, n] as [k / step, n, step]."""
-        return (
-            weights.reshape(weights.shape[0] // self._step, self._step, weights.shape[1]).transpose(1, 2).contiguous()
-        )
+        """[k, n] as [n / LANES, k / step, LANES, step]."""
+        k, n = weights.shape
+        panels = weights.reshape(k // self._step, self._step, n // native.LANES, native.LANES)
+        return panels.permute(2, 0, 3, 1).contiguous()
 
 
 class NativeTiles(NamedTuple):

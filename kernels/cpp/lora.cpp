@@ -1,9 +1,9 @@
 // Multi-LoRA over tiles of rows; the formula is in kernels/multi_lora.py.
 //
 // One task is a tile: it brings its rows down by each of its slots, and adds what comes up to y, rounding once. Weights lie
-// as registers take them: of A [K, columns], of B [rank, width] for each sibling, `step` numbers of the reduced dimension
-// side by side (2 where the processor multiplies pairs of bfloat16), so that a product is one load of weights, one number
-// or pair of the row spread over a vector, and no sum across lanes.
+// as they are read: A [K, columns], and B [rank, width] of each sibling, in panels of LANES columns, each panel a stretch of
+// memory of its own, `step` numbers of the reduced dimension side by side in it (2 where the processor multiplies pairs of
+// bfloat16). A product is one load of weights, one number or pair of the row spread over a vector, no sum across lanes.
 #include <algorithm>
 #include <vector>
 
@@ -27,17 +27,18 @@ struct By<bf16> {
 };
 #endif
 
-// out[m][n] += the sum over k of x[m][k] weights[k][n]; `columns` lie between two steps of the weights. Rows are reached
-// from every third one, so that their addresses stay in registers.
+// out[m][n] += the sum over k of x[m][k] weights[k][n], for M rows and N panels. Rows are reached from every third one, so
+// that their addresses stay in registers.
 template <class T, int M, int N>
-inline void multiply(const T *x, int64_t x_row, const T *weights, int64_t columns, int k_size, F (*out)[N]) {
+inline void multiply(const T *x, int64_t x_row, const T *weights, int k_size, F (*out)[N]) {
     constexpr int STEP = By<T>::STEP;
+    const int64_t panel = int64_t(k_size) * LANES;
     const T *thirds[3] = {x, x + 3 * x_row, x + 6 * x_row};
     const T *end = x + k_size;
-    for (; thirds[0] < end; weights += STEP * columns) {
+    for (; thirds[0] < end; weights += STEP * LANES) {
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++)
-                out[m][n] = By<T>::add(out[m][n], weights + n * LANES * STEP, thirds[m / 3] + m % 3 * x_row);
+                out[m][n] = By<T>::add(out[m][n], weights + n * panel, thirds[m / 3] + m % 3 * x_row);
         for (int i = 0; i < 3; i++) thirds[i] += STEP;
     }
 }
@@ -63,7 +64,7 @@ template <class T, int M, int N>
 [[gnu::noinline]] void shrink_block(const T *x, int64_t x_row, const Slot<T> &slot, int k_size, float weight, int column, T *v,
                          int64_t v_row) {
     F total[M][N] = {};
-    multiply<T, M, N>(x, x_row, slot.a + column * By<T>::STEP, slot.columns, k_size, total);
+    multiply<T, M, N>(x, x_row, slot.a + int64_t(column) * k_size, k_size, total);
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(v + m * v_row + column + n * LANES, total[m][n] * weight);
 }
@@ -91,13 +92,12 @@ struct Part {  // of a member: its columns of v and its B for one sibling
 };
 
 template <class T, int M, int N>
-[[gnu::noinline]] void expand_block(T *y, int64_t y_row, const std::vector<Part<T>> &parts, int64_t v_row, int row, int width,
-                         int column) {
+[[gnu::noinline]] void expand_block(T *y, int64_t y_row, const std::vector<Part<T>> &parts, int64_t v_row, int row, int column) {
     F total[M][N];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) total[m][n] = load(y + m * y_row + n * LANES);
     for (const Part<T> &part : parts)
-        multiply<T, M, N>(part.v + row * v_row, v_row, part.b + column * By<T>::STEP, width, part.rank, total);
+        multiply<T, M, N>(part.v + row * v_row, v_row, part.b + int64_t(column) * part.rank, part.rank, total);
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(y + m * y_row + n * LANES, total[m][n]);
 }
@@ -110,9 +110,9 @@ void expand(T *y, int64_t y_row, int rows, const std::vector<Part<T>> &parts, in
         constexpr int M = decltype(height)::value;
         int column = 0;
         for (; column + 2 * LANES <= width; column += 2 * LANES)
-            expand_block<T, M, 2>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
+            expand_block<T, M, 2>(y + row * y_row + column, y_row, parts, v_row, row, column);
         for (; column < width; column += LANES)
-            expand_block<T, M, 1>(y + row * y_row + column, y_row, parts, v_row, row, width, column);
+            expand_block<T, M, 1>(y + row * y_row + column, y_row, parts, v_row, row, column);
     });
 }
 
