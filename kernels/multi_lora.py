@@ -48,16 +48,18 @@ class Routing:
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = list(segments)
         self.device = device
+        self._native: NativeTiles | None = None
         self.rows_end = max((s.end for s in self.segments), default=0)
         self.slots_used = {s.slot for s in self.segments}
         rows = sum(s.end - s.start for s in self.segments)
         self.mean = rows / len(self.segments) if self.segments else 0.0
         self.by_segment = self.mean >= SEGMENT_ROWS or len(self.segments) == 1
 
-    @cached_property
-    def native(self) -> NativeTiles:
-        """How the C++ form cuts it."""
-        return native_tiles(self.segments)
+    def native(self, rows: int) -> NativeTiles:
+        """How the C++ form cuts a pass of so many rows."""
+        if self._native is None:
+            self._native = native_tiles(self.segments, rows)
+        return self._native
 
     @cached_property
     def tiles(self) -> PaddedTiles:

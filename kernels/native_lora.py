@@ -79,17 +79,28 @@ class NativeLora:
         Raises:
             ValueError: the routing is one by tiles, for a device.
         """
+        self._over(y, x, routing, None, 0)
+
+    def gated(self, y: Tensor, x: Tensor, routing: Routing | TileRouting, activation: int) -> Tensor | None:
+        """`layer.gated` of y with each routed row's delta, y being left as it may: one pass over y instead of two. None
+        where no row of these has a delta; `activation` is its place among ACTIVATIONS."""
+        out = y.new_empty(y.shape[0], y.shape[1] // 2)
+        return out if self._over(y, x, routing, out, activation) else None
+
+    def _over(self, y: Tensor, x: Tensor, routing: Routing | TileRouting, out: Tensor | None, activation: int) -> bool:
         if isinstance(routing, TileRouting):
             raise ValueError("native slots take a routing by segments")
         most = max((self._columns[slot] for slot in routing.slots_used), default=0)
         if not most:
-            return
-        tiles, slots, weights, height, members = routing.native
+            return False
+        tiles, slots, weights, height, members = routing.native(y.shape[0])
         self._call(
-            *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), self.k_size, len(self._widths)),
+            *(y.data_ptr(), y.stride(0), None if out is None else out.data_ptr(), activation),
+            *(x.data_ptr(), x.stride(0), self.k_size, len(self._widths)),
             *(self._widths.data_ptr(), self._slots.data_ptr(), self._ranks.data_ptr()),
             *(tiles.data_ptr(), len(tiles), slots.data_ptr(), weights.data_ptr(), most, height, members),
         )
+        return True
 
     def _packed(self, weights: Tensor) -> Tensor:
         """[k, n] as [n / LANES, k / step, LANES, step]."""
@@ -110,16 +121,23 @@ class NativeTiles(NamedTuple):
     most_members: int
 
 
-def native_tiles(segments: Sequence[Segment]) -> NativeTiles:
-    """Cut segments into tiles; segments of the same rows are members of one mix, and of one tile."""
+def native_tiles(segments: Sequence[Segment], rows: int) -> NativeTiles:
+    """Cut all rows of a pass into tiles; segments of the same rows are members of one mix, and of one tile, and rows of
+    the base are in tiles without members."""
     mixes = [[*group] for _, group in groupby(segments, key=lambda segment: (segment.start, segment.end))]
     mean = sum(mix[0].end - mix[0].start for mix in mixes) / max(1, len(mixes))
     height = PREFILL_HEIGHT if mean >= PREFILL_ROWS else DECODE_HEIGHT
-    tiles, first = [], 0
+    tiles: list[tuple[int, int, int, int]] = []
+
+    def cut(start: int, end: int, first: int, members: int) -> None:
+        tiles.extend((row, min(height, end - row), first, members) for row in range(start, end, height))
+
+    first = done = 0
     for mix in mixes:
-        start, end = mix[0].start, mix[0].end
-        tiles += [(row, min(height, end - row), first, len(mix)) for row in range(start, end, height)]
-        first += len(mix)
+        cut(done, mix[0].start, 0, 0)
+        cut(mix[0].start, mix[0].end, first, len(mix))
+        first, done = first + len(mix), mix[0].end
+    cut(done, rows, 0, 0)
     return NativeTiles(
         torch.tensor(tiles, dtype=torch.int32),
         torch.tensor([member.slot for mix in mixes for member in mix], dtype=torch.int32),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loramill.kernels.attention import attend
-from loramill.kernels.layer import ACTIVATIONS, add_rms_norm, gated, rope_store
+from loramill.kernels.layer import ACTIVATIONS, add_rms_norm, rope_store
 from loramill.worker.batch import Batch, Probe
 from loramill.worker.lora import FusedLinear
 
@@ -55,7 +55,7 @@ class Lean:
         for layer in self._layers:
             y, x = _normed(layer.first_norm, x, delta)
             y, x = _normed(layer.second_norm, x, layer.out(self._attention(layer, layer.qkv(y), cos, sin, batch)))
-            delta = layer.down(gated(layer.gate_up(y), self._activation))
+            delta = layer.down(layer.gate_up.gated(y, self._activation))
         assert delta is not None, "a model has layers"
         # Only the rows whose logits are wanted go on.
         y, _ = _normed(self._model.norm, x[batch.outputs], delta[batch.outputs])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramill.kernels.check import LiveRanks
+from loramill.kernels.layer import ACTIVATIONS, gated
 from loramill.kernels.multi_lora import Routing, TileWeights, multi_lora
 from loramill.kernels.native_lora import NativeLora, serves_lora
 from loramill.kernels.routing import TileRouting
@@ -118,11 +119,25 @@ class FusedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """All projections of x [..., K], side by side: [..., N], each row through its adapters."""
         y = self._now(x)
-        batch = current()
-        if self.lora is not None and isinstance(batch, Batch):
-            routing = batch.output_routing if self.is_head else batch.routing
+        routing = self._routing()
+        if self.lora is not None and routing is not None:
             self.lora.add(y.view(-1, y.shape[-1])[:, : sum(self.widths)], x.reshape(-1, x.shape[-1]), routing)
         return y
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """act(gate) * up of x [T, K], for the two siblings of these names or one projection of both: [T, N / 2]."""
+        routing = self._routing()
+        if routing is None or not isinstance(self.lora, NativeLora) or len(self.widths) != 2:
+            return gated(self(x), activation)
+        y = self._now(x)
+        answer = self.lora.gated(y, x, routing, list(ACTIVATIONS).index(activation))
+        return gated(y, activation) if answer is None else answer
+
+    def _routing(self) -> Routing | TileRouting | None:
+        batch = current()
+        if not isinstance(batch, Batch):
+            return None
+        return batch.output_routing if self.is_head else batch.routing
 
     def dense(self) -> Tensor:
         """A copy of the base's weight [N, K], in float32."""

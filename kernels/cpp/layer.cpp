@@ -64,12 +64,6 @@ void rope_store(const T *qkv, int64_t qkv_row, const float *cos, const float *si
     }
 }
 
-F silu(F g) { return g / (1.0f + exponential(-g)); }
-F gelu_tanh(F g) {
-    F inner = 0.7978845608f * (g + 0.044715f * g * g * g);
-    return g / (1.0f + exponential(-2.0f * inner));  // 0.5 (1 + tanh(z)) = 1 / (1 + e^-2z)
-}
-
 template <class T, F act(F)>
 void gated(const T *gate_up, T *y, int64_t rows, int size) {
 #pragma omp parallel for schedule(static)

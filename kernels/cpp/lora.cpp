@@ -43,14 +43,17 @@ inline void multiply(const T *x, int64_t x_row, const T *weights, int k_size, F 
     }
 }
 
-// Calls `f` with the rows cut into pieces of 8, 4, 2 and 1.
+template <int M, class Function>
+inline void rest_of_rows(int row, int rows, Function f) {
+    if (rows - row == M) f(row, std::integral_constant<int, M>());
+    if constexpr (M > 1) rest_of_rows<M - 1>(row, rows, f);
+}
+// Calls `f` with the rows cut into eights and one piece of the rest, so that weights are read once for each.
 template <class Function>
 inline void by_rows(int rows, Function f) {
     int row = 0;
     for (; row + 8 <= rows; row += 8) f(row, std::integral_constant<int, 8>());
-    if (rows - row >= 4) f(row, std::integral_constant<int, 4>()), row += 4;
-    if (rows - row >= 2) f(row, std::integral_constant<int, 2>()), row += 2;
-    if (rows - row >= 1) f(row, std::integral_constant<int, 1>());
+    rest_of_rows<7>(row, rows, f);
 }
 
 template <class T>
@@ -91,29 +94,52 @@ struct Part {  // of a member: its columns of v and its B for one sibling
     int rank;
 };
 
+template <class T>
+struct Expand {  // what is added to a tile's columns of one sibling
+    std::vector<Part<T>> parts;
+    int64_t v_row;
+
+    // total += the deltas of M rows from `row` on and N panels from `column` on.
+    template <int M, int N>
+    void add(int row, int column, F (*total)[N]) const {
+        for (const Part<T> &part : parts)
+            multiply<T, M, N>(part.v + row * v_row, v_row, part.b + int64_t(column) * part.rank, part.rank, total);
+    }
+};
+
 template <class T, int M, int N>
-[[gnu::noinline]] void expand_block(T *y, int64_t y_row, const std::vector<Part<T>> &parts, int64_t v_row, int row, int column) {
+[[gnu::noinline]] void expand_block(T *y, int64_t y_row, const Expand<T> &expand, int row, int column) {
     F total[M][N];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) total[m][n] = load(y + m * y_row + n * LANES);
-    for (const Part<T> &part : parts)
-        multiply<T, M, N>(part.v + row * v_row, v_row, part.b + int64_t(column) * part.rank, part.rank, total);
+    expand.template add<M, N>(row, column, total);
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(y + m * y_row + n * LANES, total[m][n]);
 }
 
 template <class T>
-void expand(T *y, int64_t y_row, int rows, const std::vector<Part<T>> &parts, int64_t v_row, int width) {
+void expand_rows(T *y, int64_t y_row, int rows, const Expand<T> &expand, int width) {
+    if (expand.parts.empty()) return;
     // Rows of y often lie a multiple of 4096 bytes apart, where they push each other out of the first cache: so few of
     // them at a time, and each from end to end.
     by_rows(rows, [&](int row, auto height) {
         constexpr int M = decltype(height)::value;
         int column = 0;
         for (; column + 2 * LANES <= width; column += 2 * LANES)
-            expand_block<T, M, 2>(y + row * y_row + column, y_row, parts, v_row, row, column);
+            expand_block<T, M, 2>(y + row * y_row + column, y_row, expand, row, column);
         for (; column < width; column += LANES)
-            expand_block<T, M, 1>(y + row * y_row + column, y_row, parts, v_row, row, column);
+            expand_block<T, M, 1>(y + row * y_row + column, y_row, expand, row, column);
     });
+}
+
+template <class T, int M, F act(F)>
+[[gnu::noinline]] void gated_block(T *out, int64_t out_row, const T *gate, const T *up, int64_t y_row,
+                                   const Expand<T> &of_gate, const Expand<T> &of_up, int row, int column) {
+    F g[M][1], u[M][1];
+    for (int m = 0; m < M; m++) g[m][0] = load(gate + m * y_row), u[m][0] = load(up + m * y_row);
+    of_gate.template add<M, 1>(row, column, g);
+    of_up.template add<M, 1>(row, column, u);
+    for (int m = 0; m < M; m++) store(out + m * out_row, act(g[m][0]) * u[m][0]);
 }
 
 struct Tile {
@@ -121,46 +147,91 @@ struct Tile {
 };
 
 template <class T>
-void multi_lora(T *y, int64_t y_row, const T *x, int64_t x_row, int k_size, int siblings, const int32_t *widths,
-                const Slot<T> *slots, const int32_t *ranks, const Tile *tiles, int64_t count, const int32_t *member_slots,
-                const float *member_weights, int64_t most_columns, int height, int most_members) {
+struct Call {
+    const T *x;
+    int64_t x_row;
+    int k_size, siblings;
+    const int32_t *widths;
+    const Slot<T> *slots;
+    const int32_t *ranks;
+    const Tile *tiles;
+    int64_t count;
+    const int32_t *member_slots;
+    const float *member_weights;
+    int64_t most_columns;
+    int height, most_members;
+};
+
+// Brings the rows of every tile down, and calls `finish` with the tile and what each sibling's columns are to get.
+template <class T, class Finish>
+void over_tiles(const Call<T> &call, Finish finish) {
 #pragma omp parallel
     {
-        std::vector<T> bridge(size_t(most_members) * height * most_columns);
-        std::vector<Part<T>> parts;
+        std::vector<T> bridge(size_t(call.most_members) * call.height * call.most_columns);
+        std::vector<Expand<T>> siblings(call.siblings);
 #pragma omp for schedule(dynamic)
-        for (int64_t number = 0; number < count; number++) {
-            const Tile &tile = tiles[number];
-            for (int i = 0; i < tile.members; i++)
-                shrink(x + tile.start * x_row, x_row, tile.rows, slots[member_slots[tile.first + i]], k_size,
-                       member_weights[tile.first + i], bridge.data() + size_t(i) * height * most_columns, most_columns);
-            std::vector<int64_t> v_at(tile.members, 0), b_at(tile.members, 0);
-            T *out = y + tile.start * y_row;
-            for (int s = 0; s < siblings; out += widths[s++]) {
-                parts.clear();
-                for (int i = 0; i < tile.members; i++) {
-                    int slot = member_slots[tile.first + i], rank = ranks[slot * siblings + s];
-                    const T *v = bridge.data() + size_t(i) * height * most_columns + v_at[i];
-                    if (rank) parts.push_back({v, slots[slot].b + b_at[i], rank});
-                    v_at[i] += rank, b_at[i] += int64_t(rank) * widths[s];
+        for (int64_t number = 0; number < call.count; number++) {
+            const Tile &tile = call.tiles[number];
+            for (Expand<T> &sibling : siblings) sibling.parts.clear(), sibling.v_row = call.most_columns;
+            for (int i = 0; i < tile.members; i++) {
+                int number_of_slot = call.member_slots[tile.first + i];
+                const Slot<T> &slot = call.slots[number_of_slot];
+                T *v = bridge.data() + size_t(i) * call.height * call.most_columns;
+                shrink(call.x + tile.start * call.x_row, call.x_row, tile.rows, slot, call.k_size,
+                       call.member_weights[tile.first + i], v, call.most_columns);
+                const T *b = slot.b;
+                for (int s = 0; s < call.siblings; s++) {
+                    int rank = call.ranks[number_of_slot * call.siblings + s];
+                    if (rank) siblings[s].parts.push_back({v, b, rank});
+                    v += rank, b += int64_t(rank) * call.widths[s];
                 }
-                if (!parts.empty()) expand(out, y_row, tile.rows, parts, most_columns, widths[s]);
             }
+            finish(tile, siblings);
         }
     }
 }
 
+template <class T>
+void multi_lora(const Call<T> &call, T *y, int64_t y_row) {
+    over_tiles(call, [&](const Tile &tile, const std::vector<Expand<T>> &siblings) {
+        T *columns = y + tile.start * y_row;
+        for (int s = 0; s < call.siblings; columns += call.widths[s++])
+            expand_rows(columns, y_row, tile.rows, siblings[s], call.widths[s]);
+    });
+}
+
+template <class T, F act(F)>
+void multi_lora_gated(const Call<T> &call, const T *y, int64_t y_row, T *out) {
+    int width = call.widths[0];
+    over_tiles(call, [&](const Tile &tile, const std::vector<Expand<T>> &siblings) {
+        by_rows(tile.rows, [&](int row, auto height) {
+            constexpr int M = decltype(height)::value;
+            const T *gate = y + (tile.start + row) * y_row;
+            T *to = out + int64_t(tile.start + row) * width;
+            for (int column = 0; column < width; column += LANES)
+                gated_block<T, M, act>(to + column, width, gate + column, gate + width + column, y_row, siblings[0],
+                                       siblings[1], row, column);
+        });
+    });
+}
+
 }  // namespace
 
-#define EXPORT(T, name)                                                                                               \
+#define EXPORT(T, name)                                                                                                \
     extern "C" int multi_lora_step_##name() { return By<T>::STEP; }                                                    \
-    extern "C" void multi_lora_##name(T *y, int64_t y_row, const T *x, int64_t x_row, int k_size, int siblings,        \
-                                      const int32_t *widths, const Slot<T> *slots, const int32_t *ranks,               \
-                                      const Tile *tiles, int64_t count, const int32_t *member_slots,                   \
-                                      const float *member_weights, int64_t most_columns, int height,                   \
-                                      int most_members) {                                                              \
-        multi_lora(y, y_row, x, x_row, k_size, siblings, widths, slots, ranks, tiles, count, member_slots,             \
-                   member_weights, most_columns, height, most_members);                                                \
+    extern "C" void multi_lora_##name(T *y, int64_t y_row, T *out, int activation, const T *x, int64_t x_row,          \
+                                      int k_size, int siblings, const int32_t *widths, const Slot<T> *slots,           \
+                                      const int32_t *ranks, const Tile *tiles, int64_t count,                          \
+                                      const int32_t *member_slots, const float *member_weights, int64_t most_columns,  \
+                                      int height, int most_members) {                                                  \
+        Call<T> call{x,     x_row,        k_size,         siblings,     widths, slots,       ranks,                    \
+                     tiles, count, member_slots, member_weights, most_columns, height, most_members};                  \
+        if (!out)                                                                                                      \
+            multi_lora(call, y, y_row);                                                                                \
+        else if (activation)                                                                                           \
+            multi_lora_gated<T, gelu_tanh>(call, y, y_row, out);                                                       \
+        else                                                                                                           \
+            multi_lora_gated<T, silu>(call, y, y_row, out);                                                            \
     }
 
 EXPORT(float, float32)

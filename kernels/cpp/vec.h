@@ -118,6 +118,12 @@ static inline F exponential(F x) {
     return small ? F{} : y;
 }
 
+static inline F silu(F g) { return g / (1.0f + exponential(-g)); }
+static inline F gelu_tanh(F g) {
+    F inner = 0.7978845608f * (g + 0.044715f * g * g * g);
+    return g / (1.0f + exponential(-2.0f * inner));  // 0.5 (1 + tanh(z)) = 1 / (1 + e^-2z)
+}
+
 // Products of two stretches of T, summed into a float vector in some order of lanes: what a dot product is made of.
 template <class T>
 struct Products {

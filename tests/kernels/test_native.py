@@ -188,7 +188,14 @@ def test_multi_lora(dtype: torch.dtype, widths: list[int], k_size: int, runs: li
     x, wide = torch.randn(rows, k_size).to(dtype), torch.randn(rows, sum(widths) + 3).to(dtype)
     y, right = wide[:, : sum(widths)], wide[:, : sum(widths)].double()
     multi_lora_reference(right, x, a, b, widths, segments)
-    slots.add(y, x, Routing(segments, torch.device("cpu")))
+    routing = Routing(segments, torch.device("cpu"))
+    if len(widths) == 2:
+        for number, activation in enumerate(layer.ACTIVATIONS):
+            found = slots.gated(y, x, routing, number)
+            assert (found is None) == (not segments)
+            if found is not None:
+                assert apart(found, layer.gated_torch(right, activation)) < BOUNDS[dtype]
+    slots.add(y, x, routing)
     assert apart(y, right) < BOUNDS[dtype]
 
 
