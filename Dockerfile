@@ -5,9 +5,9 @@ FROM python:${PYTHON}-slim
 # An index with the build of torch that you want; empty takes the default one (on Linux: CUDA).
 ARG TORCH_INDEX=""
 
-# Triton compiles a launcher with the system's compiler where there is a GPU.
+# The operators for a CPU are compiled where they run; Triton compiles a launcher where there is a GPU.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/loramill

@@ -38,6 +38,7 @@ _ARGUMENTS = {
     "add_rms_norm": [_P, _P, _P, _F, _P, _P, _L, _I],
     "rope_store": [_P, _L, _P, _P, _P, _P, _F, _P, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
     "gated": [_P, _P, _L, _I, _I],
+    "largest": [_P, _L, _L, _I, _P, _P],
     "store": [_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
     "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 8, _F, _F, _L, _L, _P, _L, _I],
     "multi_lora_step": [],

@@ -106,6 +106,14 @@ def gated_native(gate_up: Tensor, activation: int) -> Tensor:
     return y
 
 
+def largest_native(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`layer.largest`."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    values, index = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    function("largest", x.dtype)(x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], index.data_ptr(), values.data_ptr())
+    return values, index
+
+
 def _strides(keys: Tensor, values: Tensor) -> tuple[int, int]:
     """Tokens from a page to the next, and from a head to the next, in either.
 

@@ -55,8 +55,8 @@ class NativeLora:
         self._columns = [0] * slots
         self._call = native.function("multi_lora", dtype)
 
-    def put(self, slot: int, deltas: Sequence[LowRank | None]) -> None:
-        """Fill a slot; None where its adapter leaves a sibling alone."""
+    def put(self, slot: int, deltas: Sequence[LowRank | None]) -> bool:
+        """Fill a slot; None where its adapter leaves a sibling alone. True: its weights are other tensors now."""
         ranks = [0 if one is None else -(-one.a.shape[0] // self._step) * self._step for one in deltas]
         columns = -(-sum(ranks) // native.LANES) * native.LANES
         a = torch.zeros(columns, self.k_size, dtype=self.dtype)
@@ -72,6 +72,7 @@ class NativeLora:
         self._held[slot], self._columns[slot] = held, columns
         self._ranks[slot] = torch.tensor(ranks, dtype=torch.int32)
         self._slots[slot] = torch.tensor([held[0].data_ptr(), held[1].data_ptr(), columns])
+        return True
 
     def add(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> None:
         """Add each routed row's delta to y [T, N], in place; x [T, K]. Both have their columns side by side.

@@ -62,6 +62,7 @@ def doctor(options: StoreOptions, output: Path, *, json: bool, **models: Any) ->
         "store": lambda: store(options),
         "device": lambda: engine.device(models["device"]),
         "triton": engine.triton,
+        "native": engine.native,
         "kernel": lambda: engine.kernel(models["device"]),
         "models": lambda: engine.models(**models),
     }

@@ -73,7 +73,7 @@ def pack(
     longest = int(lengths.max())
 
     def on_device(values: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values).to(device)
+        return torch.from_numpy(values).to(device, non_blocking=True)
 
     return Batch(
         cache=cache,

@@ -51,7 +51,9 @@ class Engine:
         if self.device == "cpu":
             keep_freed_memory()
         pool = room.pool
-        self._cache = KVCache(self._model.shapes, len(pool), pool.size, self._model.dtype, self._model.device)
+        # On a device one page more, for the rows that pad a graph.
+        pages = len(pool) + (self.device == "cuda")
+        self._cache = KVCache(self._model.shapes, pages, pool.size, self._model.dtype, self._model.device)
         self._stats = EngineStats()
         self._residency = Residency(self._model, config, self._stats)
         self._scheduler = Scheduler(
@@ -62,6 +64,9 @@ class Engine:
         )
         self._pressure = Pressure(self.max_num_seqs, config.max_num_batched_tokens)
         self._router = Router(config.max_loras_per_batch, self._model.device)
+        if self.device == "cuda":
+            pages_per_row = room.tables.shape[1]
+            self._model.use_graphs(self._cache, self._router, self.max_num_seqs, pages_per_row, scratch_page=len(pool))
         self._answers = Answers(config.base.eos_token_ids)
         for adapter in adapters:
             self.register(adapter)
@@ -107,7 +112,7 @@ class Engine:
                 break
         if logits is None:
             raise ValueError(results[0].error)
-        return logits[0].float()
+        return logits[0].to(torch.float32, copy=True)  # a graph's next pass writes over them
 
     def _pass(self, on_start: Callable[[Several[int]], None] | None = None) -> tuple[list[Result], Tensor | None]:
         """One pass: the rows that it finished, and the logits [O, vocab] of those that got a token."""

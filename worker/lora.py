@@ -55,9 +55,9 @@ class DenseLora:
         self.b = torch.zeros(slots, 0, sum(widths), dtype=dtype, device=device)
         self._kept = TileWeights()
 
-    def put(self, slot: int, deltas: Sequence[Delta | None]) -> None:
-        """Fill a slot; what an adapter leaves alone becomes zero."""
-        self._make_room(max((delta.a.shape[0] for delta in deltas if delta), default=0))
+    def put(self, slot: int, deltas: Sequence[Delta | None]) -> bool:
+        """Fill a slot; what an adapter leaves alone becomes zero. Whether A and B are other tensors now."""
+        grown = self._make_room(max((delta.a.shape[0] for delta in deltas if delta), default=0))
         self.a[slot].zero_()
         self.b[slot].zero_()
         self.ranks.put(slot, [delta.a.shape[0] if delta else 0 for delta in deltas])
@@ -65,20 +65,22 @@ class DenseLora:
             if delta:
                 self.a[slot, i, : delta.a.shape[0]] = delta.a
                 columns[: delta.a.shape[0]] = delta.b
+        return grown
 
     def add(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> None:
         """Add each routed row's delta to `y` [T, N] in place; x [T, K]."""
         multi_lora(y, x, self.a, self.b, self._widths, self.ranks, routing, kept=self._kept)
 
-    def _make_room(self, rank: int) -> None:
+    def _make_room(self, rank: int) -> bool:
         held = self.a.shape[2]
         if rank <= held:
-            return
+            return False
         slots, siblings, _, k_size = self.a.shape
         a, b = self.a.new_zeros(slots, siblings, rank, k_size), self.b.new_zeros(slots, rank, self.b.shape[2])
         a[:, :, :held] = self.a
         b[:, :held] = self.b
         self.a, self.b = a, b
+        return True
 
 
 class FusedLinear:
@@ -155,8 +157,9 @@ class FusedLinear:
         """Compute with the base's own weight again, which nothing has touched."""
         self._now = self._base
 
-    def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
-        """Fill a slot with an adapter's deltas for these projections; what it leaves alone becomes zero."""
+    def put(self, slot: int, deltas: Mapping[str, Delta]) -> bool:
+        """Fill a slot with an adapter's deltas for these projections; what it leaves alone becomes zero. Whether what
+        computes them has changed but for its numbers."""
         mine = [deltas.get(name) for name in self.names]
         if self.lora is None and any(mine):
             k_size, dtype = self.weight.shape[1], self.weight.dtype
@@ -164,8 +167,7 @@ class FusedLinear:
                 self.lora = NativeLora(self._slots, self.widths, k_size, dtype)
             else:
                 self.lora = DenseLora(self._slots, self.widths, k_size, dtype, self._device)
-        if self.lora is not None:
-            self.lora.put(slot, mine)
+        return self.lora is not None and self.lora.put(slot, mine)
 
 
 class Projection(nn.Module):

@@ -14,11 +14,16 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from loramill.kernels import native
+from loramill.kernels.router import Router
 from loramill.worker import attention
 from loramill.worker.batch import Batch, Probe, running
+from loramill.worker.cache import KVCache
+from loramill.worker.graphs import Graphs
 from loramill.worker.lean import lean_form
 from loramill.worker.lora import FusedLinear, install
 from loramill.worker.merge import Merged
+from loramill.worker.packed import Delta
 from loramill.worker.patch import Patches
 
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -138,6 +143,8 @@ class Model:
                 raise
             raise ModelError(f"{base.path}: the weights cannot be loaded: {_line(error)}") from error
         self.device = torch.device(device)
+        if device == "cpu":
+            native.library()  # compiled now, if it must be, and not amid the first pass
         self.dtype: torch.dtype = model.dtype
         self._model = model.to(self.device).eval()
         self.projections: list[FusedLinear] = install(self._model, slots)
@@ -145,6 +152,23 @@ class Model:
         probe = self._probe()
         self.shapes = probe.shapes
         self._lean = lean_form(self._model, self.projections, probe)
+        self._graphs: Graphs | None = None
+
+    def use_graphs(
+        self, cache: KVCache, router: Router, max_num_seqs: int, pages_per_row: int, *, scratch_page: int
+    ) -> None:
+        """Replay decode passes over this cache as CUDA graphs from now on; nobody may read `scratch_page`."""
+        self._graphs = Graphs(self._eager, cache, router, max_num_seqs, pages_per_row, scratch_page)
+
+    def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
+        """Fill an adapter slot of every projection."""
+        replaced = True  # also where it breaks off
+        try:
+            each = [projection.put(slot, deltas) for projection in self.projections]
+            replaced = any(each)
+        finally:
+            if replaced:
+                self._forget_graphs()
 
     def merge(self, patches: Patches) -> None:
         """Compute with the base's weights and these patches, each with its strength; nothing else stays merged.
@@ -152,10 +176,12 @@ class Model:
         Raises:
             MergeError: the sum is not finite. However it fails, the model is the base then.
         """
+        self._forget_graphs()
         self._merged.put(patches)
 
     def restore(self) -> None:
         """Compute with the base's own weights again, bit by bit."""
+        self._forget_graphs()
         self._merged.take_out()
 
     def merge_bytes(self, parameters: Iterable[str], vocab_size: int = 0) -> int:
@@ -164,7 +190,15 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Run a packed batch; logits [O, vocab] of its output rows, in the model's dtype."""
+        """Run a packed batch; logits [O, vocab] of its output rows, in the model's dtype, good until the next call."""
+        replayed = None if self._graphs is None else self._graphs.run(batch)
+        return self._eager(batch) if replayed is None else replayed
+
+    def _forget_graphs(self) -> None:
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def _eager(self, batch: Batch) -> Tensor:
         with running(batch):
             if self._lean is not None:
                 return self._lean(batch)

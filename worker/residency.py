@@ -137,8 +137,7 @@ class Residency:
             packed = self._host.take(self._adapters[load.adapter]).to(self._model.device)
         except AdapterError as error:
             return {load.adapter: str(error)}
-        for projection in self._model.projections:
-            projection.put(load.slot, packed.deltas)
+        self._model.put(load.slot, packed.deltas)
         self._stats.adapter_loads += 1
         self._stats.adapter_evictions += load.evicted is not None
         return {}

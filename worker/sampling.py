@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loramill.kernels.layer import largest
 from loramill.worker.request import Sampling, TokenLogprob
 from loramill.worker.sequence import Sequence
 
@@ -42,7 +43,7 @@ def draw(logits: Tensor, sequences: Many[Sequence]) -> list[Draw]:
         for row, sequence in enumerate(sequences):
             if _adjusts(sequence.request.sampling):
                 _adjust(logits[row], sequence)
-    best, chosen = logits.max(dim=-1)
+    best, chosen = largest(logits)
     enough = torch.ones_like(chosen)
     sampled = [row for row, s in enumerate(samplings) if s.temperature > 0]
     if sampled:

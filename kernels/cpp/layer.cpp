@@ -89,6 +89,35 @@ void put_kv(const T *k, int64_t k_row, int64_t k_head, const T *v, int64_t v_row
     }
 }
 
+// The first of the largest numbers of each row, and that number: NaN if there is one in the row.
+template <class T>
+void largest_of_rows(const T *x, int64_t x_row, int64_t rows, int size, int64_t *index, float *value) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *in = x + row * x_row;
+        F top = all(-INFINITY);
+        I nan = {};
+        int whole = size / LANES * LANES;
+        for (int i = 0; i < whole; i += LANES) {
+            F v = load(in + i);
+            nan |= v != v;
+            top = larger(v, top);
+        }
+        float most = largest(top);
+        bool bad = false;
+        for (int i = 0; i < LANES; i++) bad |= nan[i] != 0;
+        for (int i = whole; i < size; i++) {
+            float v = wide(in[i]);
+            bad |= v != v;
+            most = v > most ? v : most;
+        }
+        int first = 0;
+        while (first < size && wide(in[first]) != most) first++;
+        index[row] = bad ? 0 : first;
+        value[row] = bad ? NAN : most;
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, name)                                                                                               \
@@ -102,6 +131,9 @@ void put_kv(const T *k, int64_t k_row, int64_t k_head, const T *v, int64_t v_row
                                       int page_size, int64_t cache_page, int64_t cache_head) {                         \
         rope_store(qkv, qkv_row, cos, sin, q_weight, k_weight, eps, q, keys, values, lines, rows, heads, kv_heads,     \
                    dim, page_size, cache_page, cache_head);                                                                                    \
+    }                                                                                                                  \
+    extern "C" void largest_##name(const T *x, int64_t x_row, int64_t rows, int size, int64_t *index, float *value) {   \
+        largest_of_rows(x, x_row, rows, size, index, value);                                                           \
     }                                                                                                                  \
     extern "C" void gated_##name(const T *gate_up, T *y, int64_t rows, int size, int activation) {                     \
         activation ? gated<T, gelu_tanh>(gate_up, y, rows, size) : gated<T, silu>(gate_up, y, rows, size);             \

@@ -28,8 +28,13 @@ def modules() -> set[str]:
 
 
 def data() -> set[str]:
-    """What runs inside Redis, and what the page is made of, as paths in a wheel."""
-    folders = (REPO / "store" / "lua", REPO / "producer" / "api" / "templates", REPO / "producer" / "api" / "static")
+    """What is compiled, what runs inside Redis, and what the page is made of, as paths in a wheel."""
+    folders = (
+        REPO / "kernels" / "cpp",
+        REPO / "store" / "lua",
+        REPO / "producer" / "api" / "templates",
+        REPO / "producer" / "api" / "static",
+    )
     files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     return {f"loramill/{path.relative_to(REPO).as_posix()}" for path in files}
 
@@ -37,7 +42,7 @@ def data() -> set[str]:
 def shipped(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         assert "loramill/py.typed" in archive.namelist()
-        kinds = (".py", ".lua", ".html", ".css", ".js")
+        kinds = (".py", ".cpp", ".h", ".lua", ".html", ".css", ".js")
         return {name: archive.read(name) for name in archive.namelist() if name.endswith(kinds)}
 
 

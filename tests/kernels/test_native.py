@@ -122,6 +122,19 @@ def test_gates(dtype: torch.dtype, activation: str) -> None:
     assert apart(layer.gated(gate_up, activation), layer.gated_torch(gate_up.double(), activation)) < BOUNDS[dtype]
 
 
+@DTYPES
+@pytest.mark.parametrize("size", [5, 16, 1000, 32768])
+def test_the_largest_of_a_row(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(5)
+    x = torch.randn(6, size + 3).to(dtype)[:, :size]
+    x[1, size // 2 :] = x[1].max()  # the first of several
+    x[2, -1], x[3, 0], x[4, 1] = 99.0, float("inf"), float("nan")
+    x[5] = float("-inf")
+    values, places = layer.largest(x)
+    assert places.tolist() == [int(row.float().argmax()) if i != 4 else 0 for i, row in enumerate(x)]
+    torch.testing.assert_close(values, x.float().max(-1).values, equal_nan=True, rtol=0, atol=0)
+
+
 def test_sizes_that_are_no_whole_vectors_attend_in_torch() -> None:
     keys = torch.zeros(1, 1, 16, 24)
     assert not native_forms.attends(keys, keys)

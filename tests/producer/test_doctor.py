@@ -33,7 +33,19 @@ def test_one_screen_of_what_works(capsys: pytest.CaptureFixture[str], tiny_base:
     assert code == 0
     assert len(lines) <= 24
     assert all(line.split()[0] in ("ok", "warn") for line in lines)
-    for what in ("python", "packages", "disk", "programs", "store", "device", "triton", "kernel", "base", "adapter"):
+    for what in (
+        "python",
+        "packages",
+        "disk",
+        "programs",
+        "store",
+        "device",
+        "triton",
+        "native",
+        "kernel",
+        "base",
+        "adapter",
+    ):
         assert any(line.split()[1] == what for line in lines), what
     assert f"torch {torch.__version__}" in out
 

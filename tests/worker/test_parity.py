@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from loramill.kernels import native
+from loramill.kernels.native_forms import attends
+from loramill.kernels.native_lora import NativeLora
 from loramill.kernels.on_device import run
 from loramill.kernels.plan import Plan
 from loramill.kernels.router import Router
@@ -40,6 +44,32 @@ def test_mixed_adapters_with_chunks_eviction_and_reuse(
     assert engine.stats.adapter_evictions > 0
     assert engine.stats.adapter_loads > len(one.adapters), "some adapter came back"
     assert max(len(prompt) for prompt, _ in rows) > 40, "some prompt was cut"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_where_nothing_can_be_compiled(
+    name: str,
+    family: Callable[[str], Any],
+    make_engine: Callable[..., Engine],
+    answer: Callable[[Engine, list[Request]], dict[int, Result]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loramill.kernels.native.library", lambda: None)
+    one = family(name)
+    rows = mixed_rows(seed=3)[:12]
+    engine = make_engine(name, max_loras_per_batch=2, max_num_seqs=6, max_num_batched_tokens=40)
+    results = answer(engine, requests_of(one, rows))
+    for key, tokens in enumerate(peft_answers(one, rows)):
+        assert results[key].completions[0].token_ids == tokens, f"row {key}, adapter {rows[key][1]}"
+    assert not any(isinstance(p.lora, NativeLora) for p in engine._model.projections)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_families_that_have_lean_layers(name: str, make_engine: Callable[..., Engine]) -> None:
+    model = make_engine(name)._model
+    assert (model._lean is None) == name.startswith("gemma")
+    keys, values = (torch.empty(1, 1, 16, dim) for dim in next(iter(model.shapes.values()))[1:])
+    assert native.library() is None or attends(keys, values), "the models that answers are compared on go by C++"
 
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
