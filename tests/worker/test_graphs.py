@@ -52,7 +52,9 @@ def test_padded_passes_answer_as_peft_does(
     family: Callable[[str], Any],
     make_engine: Callable[..., Engine],
     answer: Callable[[Engine, list[Request]], dict[int, Result]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("loramill.worker.lora.serves_lora", lambda *_: False)  # a device's slots, and its routing
     one, rows = family(name), mixed_rows(seed=3, count=24)
     engine = make_engine(name, max_loras_per_batch=3, max_num_seqs=13, max_num_batched_tokens=64)
     statics: dict[Size, Batch] = {}
