@@ -37,7 +37,8 @@ def run(arguments: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
             process.returncode = code
         if code:
             raise CommandError(f"loramill {' '.join(arguments)} ended with {code}:\n{errors.read_text()[-2000:]}")
-        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        # Not splitlines: an answer may hold characters that end a line for it and not for JSON.
+        lines = [json.loads(line) for line in output.read_text().split("\n") if line]
         return json.loads(said.read_text()) | {"max_rss_bytes": most}, lines
 
 
