@@ -1,6 +1,6 @@
 """The operators for a CPU in C++, from `kernels/cpp`, compiled by the system's compiler when first asked for.
 
-Where there is no compiler, or LORAMILL_NATIVE=0 says so, `library` is None and the forms in plain torch serve. CXX
+Where there is no compiler, or LORAMILL_NATIVE=0 says so, `operators` is None and the forms in plain torch serve. CXX
 names another compiler. The library is kept in the user's cache folder, by sources, compiler and processor.
 """
 
@@ -40,7 +40,7 @@ _ARGUMENTS = {
     "gated": [_P, _P, _L, _I, _I],
     "largest": [_P, _L, _L, _I, _P, _P],
     "store": [_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
-    "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 8, _F, _F, _L, _L, _P, _L, _I],
+    "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 7, _F, _F, _L, _L, _P, _L, _I],
     "multi_lora_step": [],
     "multi_lora": [_P, _L, _P, _I, _P, _L, _I, _I, _P, _P, _P, _P, _L, _P, _P, _L, _I, _I],
 }
@@ -51,13 +51,13 @@ def serves(*tensors: Tensor) -> bool:
     """Whether the native forms take these: on a CPU, all of one dtype that they know, and there is a library."""
     first = tensors[0]
     known = first.device.type == "cpu" and first.dtype in DTYPES
-    return known and all(one.dtype is first.dtype for one in tensors) and library() is not None
+    return known and all(one.dtype is first.dtype for one in tensors) and operators() is not None
 
 
 @cache
 def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     """An operator for a dtype; tensors go in as their `data_ptr()`."""
-    found = library()
+    found = operators()
     if found is None:
         raise ValueError(f"there is no native {name} here")
     called: Any = getattr(found, f"{name}_{DTYPES[dtype]}")
@@ -68,7 +68,7 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def operators() -> ctypes.CDLL | None:
     """The compiled operators, or None."""
     if os.environ.get("LORAMILL_NATIVE") == "0":
         return None

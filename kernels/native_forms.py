@@ -49,7 +49,7 @@ def attend_native(
     function("attend", q.dtype)(
         *(out.data_ptr(), q.data_ptr(), q.stride(0), q.stride(1), keys.data_ptr(), values.data_ptr()),
         *(pages.starts.data_ptr(), pages.lengths.data_ptr(), pages.tables.data_ptr(), pages.tables.stride(0)),
-        *(len(pages.lengths), pages.longest, q.shape[1], keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2]),
+        *(pages.longest, q.shape[1], keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2]),
         *(window or 0, scale, softcap or 0.0, *_strides(keys, values), tasks.data_ptr(), len(tasks), height),
     )
 

@@ -58,9 +58,9 @@ def triton() -> Iterator[Finding]:
 
 def native() -> Iterator[Finding]:
     """Whether the operators for a CPU are compiled."""
-    from loramill.kernels.native import library
+    from loramill.kernels.native import operators
 
-    if library() is not None:
+    if operators() is not None:
         yield Finding("native", State.OK, "the operators for a CPU are compiled")
     elif os.environ.get("LORAMILL_NATIVE") == "0":
         yield Finding("native", State.WARN, "LORAMILL_NATIVE=0: a CPU computes at about 60 % of its speed", "unset it")
@@ -83,14 +83,15 @@ def kernel(asked: str) -> Iterator[Finding]:
 
 
 def operator_error(where: torch.device) -> float:
-    """Relative, in float32."""
+    """Relative, in float32, of the adapter slots that the engine would use there."""
     import torch
 
-    from loramill.kernels.check import LiveRanks
     from loramill.kernels.mixes import Mix, only
-    from loramill.kernels.multi_lora import multi_lora, multi_lora_reference
+    from loramill.kernels.multi_lora import multi_lora_reference
     from loramill.kernels.router import Router
     from loramill.kernels.segments import segments_of
+    from loramill.worker.lora import slots_over
+    from loramill.worker.packed import Delta
 
     source = torch.Generator().manual_seed(1)
     a = torch.randn(_SLOTS, len(_WIDTHS), _RANK, _K, generator=source)
@@ -100,11 +101,13 @@ def operator_error(where: torch.device) -> float:
     runs: list[tuple[Mix, int]] = [(only(0), 5), ((), 2), (only(1), 1), (((0, 0.5), (2, 2.0)), 4)]
     expected = y.double()
     multi_lora_reference(expected, x, a, b, _WIDTHS, segments_of(runs))
-    ranks = LiveRanks(_SLOTS, len(_WIDTHS), where)
+    lora = slots_over(_SLOTS, _WIDTHS, _K, torch.float32, where)
     for slot in range(_SLOTS):
-        ranks.put(slot, [_RANK] * len(_WIDTHS))
+        lora.put(
+            slot, [Delta(*pair) for pair in zip(a[slot].to(where), b[slot].to(where).split(_WIDTHS, 1), strict=True)]
+        )
     y = y.to(where)
-    multi_lora(y, x.to(where), a.to(where), b.to(where), _WIDTHS, ranks, Router(_SLOTS, where).route(runs))
+    lora.add(y, x.to(where), Router(_SLOTS, where).route(runs))
     return float((y.cpu().double() - expected).norm() / expected.norm())
 
 

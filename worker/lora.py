@@ -83,6 +83,15 @@ class DenseLora:
         return True
 
 
+def slots_over(
+    slots: int, widths: Sequence[int], k_size: int, dtype: torch.dtype, device: torch.device
+) -> DenseLora | NativeLora:
+    """Adapter slots over sibling projections of these widths that read an input of size `k_size`."""
+    if serves_lora(dtype, device, widths, k_size):
+        return NativeLora(slots, widths, k_size, dtype)
+    return DenseLora(slots, widths, k_size, dtype, device)
+
+
 class FusedLinear:
     """One weight [N, K] serving the projections `names`, and the adapter slots over it."""
 
@@ -162,11 +171,7 @@ class FusedLinear:
         computes them has changed but for its numbers."""
         mine = [deltas.get(name) for name in self.names]
         if self.lora is None and any(mine):
-            k_size, dtype = self.weight.shape[1], self.weight.dtype
-            if serves_lora(dtype, self._device, self.widths, k_size):
-                self.lora = NativeLora(self._slots, self.widths, k_size, dtype)
-            else:
-                self.lora = DenseLora(self._slots, self.widths, k_size, dtype, self._device)
+            self.lora = slots_over(self._slots, self.widths, self.weight.shape[1], self.weight.dtype, self._device)
         return self.lora is not None and self.lora.put(slot, mine)
 
 

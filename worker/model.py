@@ -144,7 +144,7 @@ class Model:
             raise ModelError(f"{base.path}: the weights cannot be loaded: {_line(error)}") from error
         self.device = torch.device(device)
         if device == "cpu":
-            native.library()  # compiled now, if it must be, and not amid the first pass
+            native.operators()  # compiled now, if it must be, and not amid the first pass
         self.dtype: torch.dtype = model.dtype
         self._model = model.to(self.device).eval()
         self.projections: list[FusedLinear] = install(self._model, slots)

@@ -194,7 +194,7 @@ void softmax(float *scores, int first, int low, int high, int last, const Shape 
 
 template <class T, class P, class V>
 void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, const T *values, const int32_t *starts,
-            const int32_t *lengths, const int32_t *tables, int64_t table_row, int sequences, int longest,
+            const int32_t *lengths, const int32_t *tables, int64_t table_row, int longest,
             const Shape &shape, const int32_t *tasks, int64_t count, int height) {
     int group = shape.heads / shape.kv_heads;
     int room = (longest / shape.page_size + 2) * shape.page_size;  // whole pages, and one for a vector beyond
@@ -244,12 +244,12 @@ void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, co
 #define EXPORT(T, name)                                                                                               \
     extern "C" void attend_##name(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, const T *values,   \
                               const int32_t *starts, const int32_t *lengths, const int32_t *tables,                \
-                              int64_t table_row, int sequences, int longest, int heads, int kv_heads, int key_dim, \
+                              int64_t table_row, int longest, int heads, int kv_heads, int key_dim, \
                               int value_dim, int page_size, int window, float scale, float softcap,                \
                               int64_t cache_page, int64_t cache_head,                                              \
                               const int32_t *tasks, int64_t count, int height) {                                   \
         Shape shape{heads, kv_heads, key_dim, value_dim, page_size, window, scale, softcap, cache_page, cache_head};                         \
-        PICK(T, attend)(out, q, q_row, q_head, keys, values, starts, lengths, tables, table_row, sequences, longest,   \
+        PICK(T, attend)(out, q, q_row, q_head, keys, values, starts, lengths, tables, table_row, longest,   \
                     shape, tasks, count, height);                                                                       \
     }
 

@@ -17,7 +17,7 @@ from loramill.kernels.native_lora import NativeLora
 from loramill.kernels.segments import segments_of
 from loramill.worker.packed import Delta
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(native.operators() is None, reason="there is no C++ compiler here")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
@@ -145,7 +145,7 @@ def test_without_a_compiler_there_is_no_library(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "g++")
-    assert native.library.__wrapped__() is None
+    assert native.operators.__wrapped__() is None
     assert "no C++ compiler" in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_a_compiler_that_fails_says_why(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
-    assert native.library.__wrapped__() is None
+    assert native.operators.__wrapped__() is None
     assert "no-such-flag" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramill.producer import doctor
+from loramill.kernels.native import operators
+from loramill.kernels.native_lora import NativeLora
+from loramill.producer import doctor, doctor_engine
 from loramill.producer.cli import main
 from loramill.producer.doctor import State
 from loramill.producer.doctor_engine import operator_error
+from loramill.worker.lora import DenseLora
 from tests.producer.queued import Queue
 
 
@@ -120,14 +123,29 @@ def test_without_torch_the_rest_is_said() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_operator_is_exact_here() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_operator_is_exact_here(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr("loramill.kernels.native.operators", lambda: None)
     assert operator_error(torch.device("cpu")) < 1e-6
 
 
-def test_a_wrong_operator_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loramill.kernels import multi_lora
-    from loramill.producer import doctor_engine
-
-    monkeypatch.setattr(multi_lora, "multi_lora", lambda *operands: None)
+@pytest.mark.parametrize("slots", [DenseLora, NativeLora])
+def test_a_wrong_operator_is_seen(monkeypatch: pytest.MonkeyPatch, slots: type[DenseLora | NativeLora]) -> None:
+    if slots is NativeLora and operators() is None:
+        pytest.skip("there is no C++ compiler here")
+    if slots is DenseLora:
+        monkeypatch.setattr("loramill.kernels.native.operators", lambda: None)
+    monkeypatch.setattr(slots, "add", lambda *operands: None)
     (finding,) = doctor_engine.kernel("cpu")
     assert finding.state is State.FAIL
+
+
+@pytest.mark.parametrize(("setting", "advice"), [(None, "install g++"), ("0", "unset it")])
+def test_operators_that_are_not_compiled(monkeypatch: pytest.MonkeyPatch, setting: str | None, advice: str) -> None:
+    if setting is not None:
+        monkeypatch.setenv("LORAMILL_NATIVE", setting)
+    monkeypatch.setattr("loramill.kernels.native.operators", lambda: None)
+    (finding,) = doctor_engine.native()
+    assert (finding.what, finding.state) == ("native", State.WARN)
+    assert advice in finding.advice

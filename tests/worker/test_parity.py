@@ -54,7 +54,7 @@ def test_where_nothing_can_be_compiled(
     answer: Callable[[Engine, list[Request]], dict[int, Result]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("loramill.kernels.native.library", lambda: None)
+    monkeypatch.setattr("loramill.kernels.native.operators", lambda: None)
     one = family(name)
     rows = mixed_rows(seed=3)[:12]
     engine = make_engine(name, max_loras_per_batch=2, max_num_seqs=6, max_num_batched_tokens=40)
@@ -69,7 +69,7 @@ def test_the_families_that_have_lean_layers(name: str, make_engine: Callable[...
     model = make_engine(name)._model
     assert (model._lean is None) == name.startswith("gemma")
     keys, values = (torch.empty(1, 1, 16, dim) for dim in next(iter(model.shapes.values()))[1:])
-    assert native.library() is None or attends(keys, values), "the models that answers are compared on go by C++"
+    assert native.operators() is None or attends(keys, values), "the models that answers are compared on go by C++"
 
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
