@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loramill.kernels import native
+from loramill.kernels.panels import LowRank, PanelForm, Panels
 from loramill.kernels.routing import TileRouting
 from loramill.kernels.segments import Segment
 
@@ -23,55 +24,25 @@ PREFILL_ROWS = 48
 """Mean rows of a segment from which tasks are high."""
 
 
-class LowRank(Protocol):
-    """What an adapter adds to a projection: `a` [rank, K], `b` [rank, width]."""
-
-    @property
-    def a(self) -> Tensor: ...
-    @property
-    def b(self) -> Tensor: ...
-
-
-def serves_lora(dtype: torch.dtype, device: torch.device, widths: Sequence[int], k_size: int) -> bool:
-    """Whether slots over sibling projections of these widths can be `NativeLora`."""
-    whole = all(width % native.LANES == 0 for width in widths) and k_size % 2 == 0
-    return whole and native.serves(torch.empty(0, dtype=dtype, device=device))
-
-
 class NativeLora:
-    """Adapter slots over sibling projections that read one input of size `k_size`.
+    """Adapter slots over sibling projections that read one input, each filled with panels of this form."""
 
-    A slot's A is [K, columns], the siblings' ranks side by side, and its B [rank, width] for each sibling, both as
-    `_packed` lays them out: `step` numbers of the reduced dimension together, as the processor multiplies them.
-    """
-
-    def __init__(self, slots: int, widths: Sequence[int], k_size: int, dtype: torch.dtype) -> None:
-        self.k_size, self.dtype = k_size, dtype
-        self._step = native.function("multi_lora_step", dtype)()
-        self._widths = torch.tensor(widths, dtype=torch.int32)
-        self._ranks = torch.zeros(slots, len(widths), dtype=torch.int32)
+    def __init__(self, slots: int, form: PanelForm) -> None:
+        self._form = form
+        self._widths = torch.tensor(form.widths, dtype=torch.int32)
+        self._ranks = torch.zeros(slots, len(form.widths), dtype=torch.int32)
         self._slots = torch.zeros(slots, 3, dtype=torch.int64)  # addresses of A and B, columns of A
-        self._held: list[tuple[Tensor, Tensor] | None] = [None] * slots
+        self._held: list[Panels | None] = [None] * slots
         self._columns = [0] * slots
-        self._call = native.function("multi_lora", dtype)
+        self._call = native.function("multi_lora", form.dtype)
 
-    def put(self, slot: int, deltas: Sequence[LowRank | None]) -> bool:
-        """Fill a slot; None where its adapter leaves a sibling alone. True: its weights are other tensors now."""
-        ranks = [0 if one is None else -(-one.a.shape[0] // self._step) * self._step for one in deltas]
-        columns = -(-sum(ranks) // native.LANES) * native.LANES
-        a = torch.zeros(columns, self.k_size, dtype=self.dtype)
-        parts, first = [], 0
-        for one, rank, width in zip(deltas, ranks, self._widths.tolist(), strict=True):
-            if one is not None:
-                a[first : first + one.a.shape[0]] = one.a
-                b = torch.zeros(rank, width, dtype=self.dtype)
-                b[: one.b.shape[0]] = one.b
-                parts.append(self._packed(b).view(-1))
-            first += rank
-        held = self._packed(a.t()), torch.cat(parts) if parts else a
-        self._held[slot], self._columns[slot] = held, columns
-        self._ranks[slot] = torch.tensor(ranks, dtype=torch.int32)
-        self._slots[slot] = torch.tensor([held[0].data_ptr(), held[1].data_ptr(), columns])
+    def put(self, slot: int, weights: Panels | Sequence[LowRank | None]) -> bool:
+        """Fill a slot: panels stay where they are. True: its weights are other tensors now."""
+        panels = weights if isinstance(weights, Panels) else self._form.pack(weights)
+        columns = panels.a.numel() // self._form.k_size
+        self._held[slot], self._columns[slot] = panels, columns
+        self._ranks[slot] = torch.tensor(panels.ranks, dtype=torch.int32)
+        self._slots[slot] = torch.tensor([panels.a.data_ptr(), panels.b.data_ptr(), columns])
         return True
 
     def add(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> None:
@@ -97,17 +68,11 @@ class NativeLora:
         tiles, slots, weights, height, members = routing.native(y.shape[0])
         self._call(
             *(y.data_ptr(), y.stride(0), None if out is None else out.data_ptr(), activation),
-            *(x.data_ptr(), x.stride(0), self.k_size, len(self._widths)),
+            *(x.data_ptr(), x.stride(0), self._form.k_size, len(self._widths)),
             *(self._widths.data_ptr(), self._slots.data_ptr(), self._ranks.data_ptr()),
             *(tiles.data_ptr(), len(tiles), slots.data_ptr(), weights.data_ptr(), most, height, members),
         )
         return True
-
-    def _packed(self, weights: Tensor) -> Tensor:
-        """[k, n] as [n / LANES, k / step, LANES, step]."""
-        k, n = weights.shape
-        panels = weights.reshape(k // self._step, self._step, n // native.LANES, native.LANES)
-        return panels.permute(2, 0, 3, 1).contiguous()
 
 
 class NativeTiles(NamedTuple):

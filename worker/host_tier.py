@@ -9,48 +9,46 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from loramill.worker.adapters import Adapter
-from loramill.worker.packed import Packed
+from loramill.worker.host_form import Held, HostForm
 from loramill.worker.request import HostStats
 from loramill.worker.slots import Eviction, NextUse
 
 
 class HostTier:
-    """Packed adapters within `max_count` and `max_bytes`; a thread reads those that are needed next."""
+    """Held adapters within `max_count` and `max_bytes`; a thread reads those that are needed next."""
 
     def __init__(
         self,
-        dtype: torch.dtype,
+        form: HostForm,
         *,
-        pin: bool,
         max_count: int | None,
         max_bytes: int,
         eviction: Eviction,
         next_use: NextUse,
         pinned: frozenset[str] = frozenset(),
     ) -> None:
-        """`pin` the memory, for copies to a device; `next_use` counts rows that wait as well as rows to come."""
+        """`next_use` counts rows that wait as well as rows to come."""
         self.stats = HostStats()
-        self.dtype = dtype
         self.max_count, self.max_bytes = max_count, max_bytes
-        self._pin = pin
+        self._form = form
         self._eviction = eviction
         self._next_use = next_use
         self._pinned = pinned
-        self._held: dict[str, Packed] = {}  # least recently used first
+        self._held: dict[str, Held] = {}  # least recently used first
         self._came: dict[str, None] = {}  # first come first
-        self._coming: dict[str, tuple[Future[tuple[Packed, float]], int]] = {}
+        self._coming: dict[str, tuple[Future[tuple[Held, float]], int]] = {}
         self._reader = ThreadPoolExecutor(1, "loramill-adapters")
 
     def refuses(self, adapter: Adapter) -> str | None:
         """Why an adapter can never be held."""
-        size = adapter.nbytes(self.dtype)
+        size = self._form.nbytes(adapter)
         return (
             f"its {size:,} bytes are more than the {self.max_bytes:,} of --lora-host-bytes"
             if size > self.max_bytes
             else None
         )
 
-    def take(self, adapter: Adapter) -> Packed:
+    def take(self, adapter: Adapter) -> Held:
         """The adapter's weights, read now if they are not here.
 
         Raises:
@@ -58,17 +56,17 @@ class HostTier:
         """
         began_s = time.perf_counter()
         self._collect()
-        packed = self._held.get(adapter.sha256)
-        if packed is not None:
+        held = self._held.get(adapter.sha256)
+        if held is not None:
             self.stats.hits += 1
         else:
             coming = self._coming.pop(adapter.sha256, None)
             self._make_room(adapter, must=True)
-            packed, seconds = coming[0].result() if coming else _read(adapter, self.dtype, self._pin)
-            self._keep(adapter.sha256, packed, seconds)
+            held, seconds = coming[0].result() if coming else _read(adapter, self._form)
+            self._keep(adapter.sha256, held, seconds)
         self._held[adapter.sha256] = self._held.pop(adapter.sha256)
         self.stats.waited_s += time.perf_counter() - began_s
-        return packed
+        return held
 
     def prefetch(self, adapters: Iterable[Adapter]) -> None:
         """Have the thread read these, the most urgent first, as far as there is room for them."""
@@ -79,8 +77,8 @@ class HostTier:
                 continue
             if not self._make_room(adapter, must=False):
                 return
-            read = self._reader.submit(_read, adapter, self.dtype, self._pin)
-            self._coming[name] = (read, adapter.nbytes(self.dtype))
+            read = self._reader.submit(_read, adapter, self._form)
+            self._coming[name] = (read, self._form.nbytes(adapter))
 
     def preload(self, adapters: Iterable[Adapter]) -> None:
         """As `prefetch`, and wait for them.
@@ -112,17 +110,17 @@ class HostTier:
                 if read.exception() is None:  # a bad one is read again by whoever takes it, and told
                     self._keep(name, *read.result())
 
-    def _keep(self, name: str, packed: Packed, seconds: float) -> None:
-        self._held[name] = packed
+    def _keep(self, name: str, held: Held, seconds: float) -> None:
+        self._held[name] = held
         self._came[name] = None
         self.stats.loads += 1
-        self.stats.bytes_read += packed.nbytes
+        self.stats.bytes_read += held.nbytes
         self.stats.read_s += seconds
         self.stats.most_bytes = max(self.stats.most_bytes, sum(one.nbytes for one in self._held.values()))
 
     def _make_room(self, adapter: Adapter, *, must: bool) -> bool:
         """Evict until `adapter` fits; what is needed sooner stays, unless it `must` fit."""
-        size = adapter.nbytes(self.dtype)
+        size = self._form.nbytes(adapter)
         soon = self._next_use(adapter.sha256)
         while not self._fits(size):
             leaving = self._leaving()
@@ -146,8 +144,8 @@ class HostTier:
         return max(free, key=key, default=None)
 
 
-def _read(adapter: Adapter, dtype: torch.dtype, pin: bool) -> tuple[Packed, float]:
+def _read(adapter: Adapter, form: HostForm) -> tuple[Held, float]:
     began_s = time.perf_counter()
     with torch.inference_mode():
-        packed = adapter.packed(dtype, pin=pin)
-    return packed, time.perf_counter() - began_s
+        held = form.read(adapter)
+    return held, time.perf_counter() - began_s

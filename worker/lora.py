@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from loramill.kernels.check import LiveRanks
 from loramill.kernels.layer import ACTIVATIONS, gated
 from loramill.kernels.multi_lora import Routing, TileWeights, multi_lora
-from loramill.kernels.native_lora import NativeLora, serves_lora
+from loramill.kernels.native_lora import NativeLora
+from loramill.kernels.panels import Panels, panel_form
 from loramill.kernels.routing import TileRouting
 from loramill.worker.batch import Batch, current
 from loramill.worker.packed import Delta
@@ -87,9 +88,8 @@ def slots_over(
     slots: int, widths: Sequence[int], k_size: int, dtype: torch.dtype, device: torch.device
 ) -> DenseLora | NativeLora:
     """Adapter slots over sibling projections of these widths that read an input of size `k_size`."""
-    if serves_lora(dtype, device, widths, k_size):
-        return NativeLora(slots, widths, k_size, dtype)
-    return DenseLora(slots, widths, k_size, dtype, device)
+    form = panel_form(widths, k_size, dtype, device)
+    return DenseLora(slots, widths, k_size, dtype, device) if form is None else NativeLora(slots, form)
 
 
 class FusedLinear:
@@ -107,6 +107,8 @@ class FusedLinear:
         # A packed weight is the only one kept: its numbers stand nowhere else, its shape and dtype here.
         self.weight = torch.empty_like(weight, device="meta") if self._base.is_packed else weight
         self._device = weight.device
+        self.form = panel_form(self.widths, weight.shape[1], weight.dtype, weight.device)
+        """Of the panels that slots over these are filled from; None where they take rows."""
         self.lora: DenseLora | NativeLora | None = None
         """None until an adapter needs it."""
         self._input: Tensor | None = None
@@ -166,13 +168,31 @@ class FusedLinear:
         """Compute with the base's own weight again, which nothing has touched."""
         self._now = self._base
 
-    def put(self, slot: int, deltas: Mapping[str, Delta]) -> bool:
-        """Fill a slot with an adapter's deltas for these projections; what it leaves alone becomes zero. Whether what
-        computes them has changed but for its numbers."""
-        mine = [deltas.get(name) for name in self.names]
-        if self.lora is None and any(mine):
+    def put(self, slot: int, weights: Mapping[str, Delta] | Panels | None) -> bool:
+        """Fill a slot with deltas for these projections, or with what `panels` made of them; what an adapter leaves
+        alone becomes zero. Whether what computes them has changed but for its numbers."""
+        mine = weights if isinstance(weights, Panels) else self._mine(weights or {})
+        if self.lora is None:
+            if mine is None:
+                return False
             self.lora = slots_over(self._slots, self.widths, self.weight.shape[1], self.weight.dtype, self._device)
-        return self.lora is not None and self.lora.put(slot, mine)
+        if isinstance(mine, Panels):
+            assert isinstance(self.lora, NativeLora)
+            return self.lora.put(slot, mine)
+        return self.lora.put(slot, mine or [None] * len(self.names))
+
+    def panels(self, deltas: Mapping[str, Delta], room: Tensor) -> Panels | None:
+        """An adapter's deltas for these projections, in the `panel_size` numbers of `room`; None where it has none."""
+        mine = self._mine(deltas)
+        return None if mine is None or self.form is None else self.form.pack(mine, room)
+
+    def panel_size(self, ranks: Mapping[str, int]) -> int:
+        """How many numbers `panels` takes of an adapter of these ranks."""
+        return 0 if self.form is None else self.form.size([ranks.get(name, 0) for name in self.names])
+
+    def _mine(self, deltas: Mapping[str, Delta]) -> list[Delta | None] | None:
+        mine = [deltas.get(name) for name in self.names]
+        return mine if any(mine) else None
 
 
 class Projection(nn.Module):

@@ -20,10 +20,10 @@ from loramill.worker import attention
 from loramill.worker.batch import Batch, Probe, running
 from loramill.worker.cache import KVCache
 from loramill.worker.graphs import Graphs
+from loramill.worker.host_form import Held, Laid
 from loramill.worker.lean import lean_form
 from loramill.worker.lora import FusedLinear, install
 from loramill.worker.merge import Merged
-from loramill.worker.packed import Delta
 from loramill.worker.patch import Patches
 
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -160,11 +160,15 @@ class Model:
         """Replay decode passes over this cache as CUDA graphs from now on; nobody may read `scratch_page`."""
         self._graphs = Graphs(self._eager, cache, router, max_num_seqs, pages_per_row, scratch_page)
 
-    def put(self, slot: int, deltas: Mapping[str, Delta]) -> None:
+    def put(self, slot: int, held: Held) -> None:
         """Fill an adapter slot of every projection."""
         replaced = True  # also where it breaks off
         try:
-            each = [projection.put(slot, deltas) for projection in self.projections]
+            if isinstance(held, Laid):
+                each = [projection.put(slot, held.panels.get(projection.names)) for projection in self.projections]
+            else:
+                deltas = held.to(self.device).deltas
+                each = [projection.put(slot, deltas) for projection in self.projections]
             replaced = any(each)
         finally:
             if replaced:

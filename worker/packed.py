@@ -96,10 +96,12 @@ def pack(targets: Mapping[str, Target], tensors: Mapping[str, Tensor], dtype: to
 
 
 def _fill(delta: Delta, parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> None:
-    delta.b.zero_()
+    if any(part.target != (0, delta.b.shape[1]) for part in parts):  # of a fused projection
+        delta.b.zero_()
     first = 0
     for part in parts:
         rows = slice(first, first + part.rank)
         delta.a[rows] = tensors[part.a]
-        delta.b[rows, slice(*part.target)] = tensors[part.b][slice(*part.source)].t().float() * part.scale
+        b = tensors[part.b][slice(*part.source)].float().t()
+        torch.mul(b, part.scale, out=delta.b[rows, slice(*part.target)])
         first += part.rank

@@ -9,6 +9,7 @@ from math import inf
 from loramill.worker.adapters import Adapter, AdapterError
 from loramill.worker.config import EngineConfig
 from loramill.worker.forecast import Forecast
+from loramill.worker.host_form import HostForm
 from loramill.worker.host_tier import HostTier
 from loramill.worker.memory import free_memory
 from loramill.worker.merge import MergeError
@@ -30,8 +31,7 @@ class Residency:
         self._model = model
         self._pinned = config.pinned
         self._host = HostTier(
-            model.dtype,
-            pin=model.device.type == "cuda",
+            HostForm(model.projections, model.dtype, pin=model.device.type == "cuda"),
             max_count=config.max_loaded_loras,
             max_bytes=config.lora_host_bytes or int(free_memory("cpu") * _HOST_SHARE),
             eviction=config.lora_eviction,
@@ -134,10 +134,10 @@ class Residency:
 
     def _load(self, load: Load) -> dict[str, str]:
         try:
-            packed = self._host.take(self._adapters[load.adapter]).to(self._model.device)
+            held = self._host.take(self._adapters[load.adapter])
         except AdapterError as error:
             return {load.adapter: str(error)}
-        self._model.put(load.slot, packed.deltas)
+        self._model.put(load.slot, held)
         self._stats.adapter_loads += 1
         self._stats.adapter_evictions += load.evicted is not None
         return {}

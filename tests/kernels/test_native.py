@@ -14,6 +14,7 @@ from loramill.kernels.attention import Pages, attend_torch, store
 from loramill.kernels.mixes import Mix, only
 from loramill.kernels.multi_lora import Routing, multi_lora_reference
 from loramill.kernels.native_lora import NativeLora
+from loramill.kernels.panels import PanelForm
 from loramill.kernels.segments import segments_of
 from loramill.worker.packed import Delta
 
@@ -166,7 +167,7 @@ def lora_operands(
     largest = max(map(max, ranks))
     a = torch.zeros(len(ranks), len(widths), largest, k_size)
     b = torch.zeros(len(ranks), largest, sum(widths))
-    native_slots = NativeLora(len(ranks), widths, k_size, dtype)
+    native_slots = NativeLora(len(ranks), PanelForm(widths, k_size, dtype))
     for slot, of_siblings in enumerate(ranks):
         deltas: list[Delta | None] = []
         columns = b[slot].split(widths, 1)
@@ -213,7 +214,7 @@ def test_multi_lora(dtype: torch.dtype, widths: list[int], k_size: int, runs: li
 
 
 def test_slots_that_leave_a_projection_alone_cost_nothing() -> None:
-    slots = NativeLora(2, [16], 32, torch.float32)
+    slots = NativeLora(2, PanelForm([16], 32, torch.float32))
     slots.put(1, [None])
     y = torch.zeros(4, 16)
     slots.add(y, torch.randn(4, 32), Routing(segments_of([(only(1), 4)]), torch.device("cpu")))

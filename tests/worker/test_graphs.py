@@ -54,7 +54,7 @@ def test_padded_passes_answer_as_peft_does(
     answer: Callable[[Engine, list[Request]], dict[int, Result]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("loramill.worker.lora.serves_lora", lambda *_: False)  # a device's slots, and its routing
+    monkeypatch.setattr("loramill.worker.lora.panel_form", lambda *_: None)  # a device's slots, and its routing
     one, rows = family(name), mixed_rows(seed=3, count=24)
     engine = make_engine(name, max_loras_per_batch=3, max_num_seqs=13, max_num_batched_tokens=64)
     statics: dict[Size, Batch] = {}

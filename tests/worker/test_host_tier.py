@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loramill.worker.adapters import Adapter, AdapterError, open_adapter
+from loramill.worker.host_form import HostForm
 from loramill.worker.host_tier import HostTier
 from loramill.worker.slots import Eviction
 
@@ -30,8 +31,10 @@ def make_tier() -> Iterator[MakeTier]:
     made: list[HostTier] = []
 
     def make(**options: Any) -> HostTier:
-        settings_ = {"pin": False, "max_count": None, "max_bytes": 10**9, "eviction": Eviction.PLAN}
-        made.append(HostTier(torch.float32, **{**settings_, "next_use": lambda name: inf, **options}))
+        settings_ = {"max_count": None, "max_bytes": 10**9, "eviction": Eviction.PLAN}
+        made.append(
+            HostTier(HostForm((), torch.float32, pin=False), **{**settings_, "next_use": lambda name: inf, **options})
+        )
         return made[-1]
 
     yield make

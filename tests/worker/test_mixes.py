@@ -72,7 +72,7 @@ def test_mixes_beside_plain_rows_are_what_peft_says(
     expected = [in_peft(model, mix, prompt) for prompt, mix in rows]
     if how == "tiles":
         monkeypatch.setattr("loramill.worker.engine.Router", partial(Router, tiled=True))
-        monkeypatch.setattr("loramill.worker.lora.serves_lora", lambda *_: False)
+        monkeypatch.setattr("loramill.worker.lora.panel_form", lambda *_: None)
     # Three slots for five adapters evict; 40 tokens a pass cut the longer prompts.
     engine = make_engine(name, max_loras_per_batch=3, max_num_seqs=6, max_num_batched_tokens=40)
     requests = [

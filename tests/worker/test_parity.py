@@ -86,7 +86,7 @@ def test_tiles_as_a_device_takes_them(
     expected = peft_answers(one, rows)
     tokens = TOKENS if form == "torch" else 3
     monkeypatch.setattr("loramill.worker.engine.Router", partial(Router, tiled=True))
-    monkeypatch.setattr("loramill.worker.lora.serves_lora", lambda *_: False)
+    monkeypatch.setattr("loramill.worker.lora.panel_form", lambda *_: None)
     calls = []
     if form == "triton":
 
