@@ -1,4 +1,7 @@
-"""Adapters as host memory holds them: in the form that a model's slots are filled from."""
+"""Adapters as host memory holds them: in the form that a model's slots are filled from.
+
+In panels a rank below 16 takes the memory of 16 for its A. That buys slots that cost nothing to fill and no memory.
+"""
 
 from __future__ import annotations
 

@@ -2,16 +2,19 @@
 //
 // One task is a sequence, a KV head and a few of its query rows: a key, once loaded, meets the queries of all heads of
 // its group in all of those rows. All scores of a task are kept (they fit the second-level cache), so the softmax is the
-// plain one: the largest, then the exponentials, then their sum, then the values.
+// plain one: the largest, then the exponentials, then their sum, then the values. A task of many queries lays its keys out
+// in panels first: its scores then need no sums across lanes.
 #include <algorithm>
 #include <vector>
 
-#include "vec.h"
+#include "product.h"
 
 namespace {
 
 constexpr int AHEAD = 2;  // pages that are fetched before their turn
-constexpr int QUERIES = 4;  // at once in registers: 16 sums of products for each
+constexpr int QUERIES = 8;  // that go through scores, softmax and values together
+constexpr int IN_REGISTERS = 4;  // of them, where 16 sums of products are held for each
+constexpr int PANELS_FROM = 16;  // queries of a task
 
 // Lane i of the result is the sum of the lanes of a[i], for as many vectors as lanes.
 template <int GROUP>
@@ -27,6 +30,19 @@ inline F halves(F a, F b) {
 }
 inline F quarters(const F *a) { return halves<2>(halves<1>(a[0], a[1]), halves<1>(a[2], a[3])); }
 inline F sums(const F *a) { return halves<8>(halves<4>(a[0], a[1]), halves<4>(a[2], a[3])); }
+
+// Sixteen vectors of 16 words each: rows become columns.
+template <int GROUP = 1>
+inline void transpose(F *rows) {
+    I low, high;
+    for (int i = 0; i < LANES; i++) low[i] = i & GROUP ? LANES + i - GROUP : i, high[i] = i & GROUP ? LANES + i : i + GROUP;
+    for (int i = 0; i < LANES; i++) {
+        if (i & GROUP) continue;
+        F a = rows[i], b = rows[i + GROUP];
+        rows[i] = __builtin_shuffle(a, b, low), rows[i + GROUP] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (GROUP < LANES / 2) transpose<2 * GROUP>(rows);
+}
 
 struct Shape {
     int heads, kv_heads, key_dim, value_dim, page_size, window;
@@ -56,6 +72,14 @@ inline void score(int n, const T *const *q, const T *k, int dim, F *out) {
         case 3: return score<T, P, 3>(q, k, dim, out);
         default: return score<T, P, 4>(q, k, dim, out);
     }
+}
+
+template <class T, int M, int N>
+[[gnu::noinline]] void score_block(const T *q, const T *panels, int dim, float *scores, int room) {
+    F total[M][N] = {};
+    multiply<T, M, N>(q, dim, panels, dim, total);
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(scores + m * room + n * LANES, total[m][n]);
 }
 
 // N weighted sums of values, W vectors wide. `weights` are those of positions from `at` on; `order` puts the columns back.
@@ -128,10 +152,37 @@ struct Task {
         for (int at = first; at < last; at += LANES) {
             if (at % shape.page_size == 0) fetch(keys, at / shape.page_size + AHEAD, pages, shape.key_dim);
             const T *k = page(keys, at / shape.page_size, shape.key_dim) + (at % shape.page_size) * shape.key_dim;
-            F found[QUERIES];
+            F found[IN_REGISTERS];
             score<T, P>(n, q, k, shape.key_dim, found);
             for (int i = 0; i < n; i++) store(scores[i] + at, found[i]);
         }
+    }
+
+    // The keys of [first, last) as panels of 16, which a panel's keys are the columns of.
+    void lay_out(int first, int last, T *panels) const {
+        int words = shape.key_dim / By<T>::STEP;
+        for (int at = first; at < last; at += LANES, panels += LANES * shape.key_dim) {
+            const T *k = page(keys, at / shape.page_size, shape.key_dim) + (at % shape.page_size) * shape.key_dim;
+            for (int word = 0; word < words; word += LANES) {
+                F block[LANES];
+                for (int j = 0; j < LANES; j++) block[j] = raw<F>(k + j * shape.key_dim + word * By<T>::STEP);
+                transpose(block);
+                std::memcpy(panels + word * LANES * By<T>::STEP, block, sizeof block);
+            }
+        }
+    }
+
+    // As all_scores, of queries that lie one after the other and keys that are laid out.
+    void scores_by_panels(int n, const T *q, const T *panels, int first, int last, float *scores, int room) const {
+        by_rows(n, [&](int row, auto height) {
+            constexpr int M = decltype(height)::value;
+            float *to = scores + row * room;
+            const T *from = q + row * shape.key_dim, *weights = panels;
+            int at = first;
+            for (; at + LANES < last; at += 2 * LANES, weights += 2 * LANES * shape.key_dim)
+                score_block<T, M, 2>(from, weights, shape.key_dim, to + at, room);
+            if (at < last) score_block<T, M, 1>(from, weights, shape.key_dim, to + at, room);
+        });
     }
 
     template <class V, int N, int W>
@@ -147,49 +198,50 @@ struct Task {
     }
 
     template <class V, int N, int W>
-    void answer(const T *const *weights, int first, int last, T *const *out) const {
+    void answer(const T *const *weights, const float *shares, int first, int last, T *const *out) const {
         int column = 0;
         for (; column + W * LANES <= shape.value_dim; column += W * LANES) {
             F total[N][W] = {};
             all_values<V, N, W>(weights, first, last, column, total);
             for (int n = 0; n < N; n++)
-                for (int w = 0; w < W; w++) store(out[n] + column + w * LANES, total[n][w]);
+                for (int w = 0; w < W; w++) store(out[n] + column + w * LANES, total[n][w] * shares[n]);
         }
         for (; column < shape.value_dim; column += LANES) {
             F total[N][1] = {};
             all_values<Singly, N, 1>(weights, first, last, column, total);
-            for (int n = 0; n < N; n++) store(out[n] + column, total[n][0]);
+            for (int n = 0; n < N; n++) store(out[n] + column, total[n][0] * shares[n]);
         }
     }
 };
 
-// Weights of positions `low` to `high` (exclusive) out of their scores, which go on to `last`; all others become 0. As T
-// they take their scores' place. `scores` has room for a vector beyond `high`.
+// Weights of positions `low` to `high` (exclusive) out of their scores, which go on to `last`, but for a factor that their
+// sum needs yet: the result. All others up to `last` itself become 0. As T they take
+// their scores' place, which has room for a vector beyond.
 template <class T>
-void softmax(float *scores, int first, int low, int high, int last, const Shape &shape) {
-    std::fill(scores + first, scores + low, 0.0f);
-    std::fill(scores + high, scores + last + LANES, -INFINITY);
+float softmax(float *scores, int first, int low, int high, int last, const Shape &shape) {
+    const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    bool capped = shape.softcap > 0;
     F top = all(-INFINITY);
     for (int j = low; j < high; j += LANES) {
-        F s = load(scores + j) * shape.scale;
-        if (shape.softcap > 0)
-            for (int i = 0; i < LANES; i++) s[i] = std::tanh(s[i] / shape.softcap) * shape.softcap;
-        if (high - j < LANES)
-            for (int i = high - j; i < LANES; i++) s[i] = -INFINITY;  // a cap made it finite
-        store(scores + j, s);
+        F s = load(scores + j);
+        if (capped)
+            for (int i = 0; i < LANES; i++) s[i] = std::tanh(s[i] * shape.scale / shape.softcap) * shape.softcap;
+        if (high - j < LANES) s = lane < high - j ? s : all(-INFINITY);
+        if (capped || high - j < LANES) store(scores + j, s);
         top = larger(s, top);
     }
-    float most = largest(top);
+    float most = largest(top), scale = capped ? 1.0f : shape.scale;
     F total = {};
-    for (int j = low; j < high; j += LANES) {
-        F e = exponential(load(scores + j) - most);
-        total += e;
-        store(scores + j, e);
-    }
-    std::fill(scores + high, scores + last + LANES, 0.0f);
-    float share = 1.0f / sum(total);
     T *weights = (T *)scores;
-    for (int j = first; j < last; j += LANES) store(weights + j, load(scores + j) * share);
+    int j = low;
+    for (; j < high; j += LANES) {
+        F e = exponential((load(scores + j) - most) * scale);
+        total += e;
+        store(weights + j, e);
+    }
+    std::fill(weights + first, weights + low, T{});
+    for (; j <= last; j++) weights[j] = T{};
+    return 1.0f / sum(total);
 }
 
 template <class T, class P, class V>
@@ -198,22 +250,30 @@ void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, co
             const Shape &shape, const int32_t *tasks, int64_t count, int height) {
     int group = shape.heads / shape.kv_heads;
     int room = (longest / shape.page_size + 2) * shape.page_size;  // whole pages, and one for a vector beyond
+    bool fits_panels = sizeof(T) * By<T>::STEP == sizeof(float) && shape.key_dim % (LANES * By<T>::STEP) == 0;
 #pragma omp parallel
     {
         std::vector<float> scores(size_t(QUERIES) * room);
+        std::vector<T> panels, queries(size_t(QUERIES) * shape.key_dim);
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < count * shape.kv_heads; number++) {
             const int32_t *cut = tasks + number / shape.kv_heads * 2;
             int sequence = cut[0], row = cut[1], head = int(number % shape.kv_heads);
             int rows = std::min(starts[sequence + 1] - row, height);
             int past = lengths[sequence] - starts[sequence + 1];  // position of row t: past + t
+            auto begin = [&](int t) { return shape.window ? std::max(0, past + t + 1 - shape.window) : 0; };
             Task<T> task{shape, keys, values, tables + sequence * table_row, head};
+            int laid = begin(row) / shape.page_size * shape.page_size;
+            bool by_panels = fits_panels && rows * group >= PANELS_FROM;
+            if (by_panels) {
+                panels.resize(size_t(room) * shape.key_dim);
+                task.lay_out(laid, past + row + rows, panels.data());
+            }
             for (int from = 0; from < rows * group; from += QUERIES) {
                 int n = std::min(QUERIES, rows * group - from);
-                const T *mine[QUERIES];
+                const T *mine[QUERIES], *weights[QUERIES];
                 T *answers[QUERIES];
                 float *of[QUERIES];
-                const T *weights[QUERIES];
                 int low[QUERIES], high[QUERIES], first = 1 << 30, last = 0;
                 for (int i = 0; i < n; i++) {
                     int t = row + (from + i) / group, h = head * group + (from + i) % group;
@@ -221,18 +281,28 @@ void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, co
                     answers[i] = out + (int64_t(t) * shape.heads + h) * shape.value_dim;
                     of[i] = scores.data() + size_t(i) * room;
                     weights[i] = (const T *)of[i];
-                    high[i] = past + t + 1;
-                    low[i] = shape.window ? std::max(0, high[i] - shape.window) : 0;
+                    low[i] = begin(t), high[i] = past + t + 1;
                     first = std::min(first, low[i]), last = std::max(last, high[i]);
                 }
                 first = first / shape.page_size * shape.page_size;
-                task.template all_scores<P>(n, mine, first, last, of);
-                for (int i = 0; i < n; i++) softmax<T>(of[i], first, low[i], high[i], last, shape);
-                switch (n) {
-                    case 1: task.template answer<V, 1, 4>(weights, first, last, answers); break;
-                    case 2: task.template answer<V, 2, 4>(weights, first, last, answers); break;
-                    case 3: task.template answer<V, 3, 4>(weights, first, last, answers); break;
-                    default: task.template answer<V, 4, 4>(weights, first, last, answers);
+                if (by_panels) {
+                    for (int i = 0; i < n; i++)
+                        std::copy(mine[i], mine[i] + shape.key_dim, queries.data() + i * shape.key_dim);
+                    const T *of_first = panels.data() + size_t(first - laid) * shape.key_dim;
+                    task.scores_by_panels(n, queries.data(), of_first, first, last, scores.data(), room);
+                }
+                for (int i = 0; i < n; i += IN_REGISTERS) {
+                    int some = std::min(IN_REGISTERS, n - i);
+                    if (!by_panels) task.template all_scores<P>(some, mine + i, first, last, of + i);
+                    float shares[IN_REGISTERS];
+                    for (int j = 0; j < some; j++)
+                        shares[j] = softmax<T>(of[i + j], first, low[i + j], high[i + j], last, shape);
+                    switch (some) {
+                        case 1: task.template answer<V, 1, 4>(weights + i, shares, first, last, answers + i); break;
+                        case 2: task.template answer<V, 2, 4>(weights + i, shares, first, last, answers + i); break;
+                        case 3: task.template answer<V, 3, 4>(weights + i, shares, first, last, answers + i); break;
+                        default: task.template answer<V, 4, 4>(weights + i, shares, first, last, answers + i);
+                    }
                 }
             }
         }

@@ -80,32 +80,36 @@ static inline F load(const T *p, int n) { return n >= LANES ? load(p) : load_par
 template <class T>
 static inline void store(T *p, F v, int n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
-static inline float sum(F v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
 static inline F larger(F a, F b) { return a > b ? a : b; }
+
+// v with lanes `GROUP` apart exchanged.
+template <int GROUP>
+static inline F crossed(F v) {
+    I other;
+    for (int i = 0; i < LANES; i++) other[i] = i ^ GROUP;
+    return __builtin_shuffle(v, other);
+}
+static inline float sum(F v) {
+    v += crossed<8>(v);
+    v += crossed<4>(v);
+    v += crossed<2>(v);
+    return (v + crossed<1>(v))[0];
+}
 static inline float largest(F v) {
-    F m = v;
-    for (int half = LANES / 2; half; half /= 2) {
-        I other;
-        for (int i = 0; i < LANES; i++) other[i] = i ^ half;
-        m = larger(m, __builtin_shuffle(m, other));
-    }
-    return m[0];
+    v = larger(v, crossed<8>(v));
+    v = larger(v, crossed<4>(v));
+    v = larger(v, crossed<2>(v));
+    return larger(v, crossed<1>(v))[0];
 }
 
 // e^x to about two units in the last place of a float, 0 below -87.
 static inline F exponential(F x) {
-    F low = all(-87.3f);
+    F low = all(-87.3f), high = all(88.3f);
     I small = x < low;
-    x = x > 88.3f ? all(88.3f) : x;
+    x = x > high ? high : x;  // what is no number stays it
     x = small ? low : x;
-    F n = x * 1.44269504f;
-    n = n >= 0 ? n + 0.5f : n - 0.5f;
-    I whole = __builtin_convertvector(n, I);
-    n = __builtin_convertvector(whole, F);
+    F shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is left of the product is its nearest whole number,
+    F n = shifted - 12582912.0f;                // and the last bits hold it as an integer
     x = x - n * 0.693359375f + n * 2.12194440e-4f;
     F y = all(1.9875691500e-4f);
     y = y * x + 1.3981999507e-3f;
@@ -114,7 +118,7 @@ static inline F exponential(F x) {
     y = y * x + 1.6666665459e-1f;
     y = y * x + 5.0000001201e-1f;
     y = y * x * x + x + 1.0f;
-    y = y * (F)((whole + 127) << 23);
+    y = y * (F)(((U)shifted + 127) << 23);
     return small ? F{} : y;
 }
 

@@ -238,6 +238,7 @@ def test_json_has_what_was_moved(desk, rows) -> None:
     assert summary["adapter_loads"] == summary["host_loads"] == 3
     assert summary["adapter_evictions"] == summary["host_evictions"] == 2
     one = sum(path.stat().st_size for path in Path(desk.adapters / "one").glob("*.safetensors"))
-    assert 0.8 * one < summary["host_most_bytes"] <= one
+    # One at a time, which panels of 16 columns make larger where ranks are small.
+    assert 0.8 * one < summary["host_most_bytes"] <= 2 * one
     assert summary["host_bytes_read"] == 3 * summary["host_most_bytes"]
     assert summary["adapter_load_s"] > 0
