@@ -42,14 +42,14 @@ class Engine:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ModelError("--device cuda: torch sees no CUDA device here")
+        if self.device == "cpu":
+            keep_freed_memory()  # also what loading frees: weights as they were before they were packed
         self._model = Model(config.base, config.dtype, self.device, config.max_loras_per_batch)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         wanted = config.max_num_seqs or _MAX_SEQS[self.device]
         self.max_num_seqs = min(wanted, config.max_num_batched_tokens)
         adapters = list(adapters)
         room = make_room(config, self._model, self.max_num_seqs, self._to_merge(adapters))
-        if self.device == "cpu":
-            keep_freed_memory()
         pool = room.pool
         # On a device one page more, for the rows that pad a graph.
         pages = len(pool) + (self.device == "cuda")
