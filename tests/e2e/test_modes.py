@@ -241,4 +241,4 @@ def test_json_has_what_was_moved(desk, rows) -> None:
     # One at a time, which panels of 16 columns make larger where ranks are small.
     assert 0.8 * one < summary["host_most_bytes"] <= 2 * one
     assert summary["host_bytes_read"] == 3 * summary["host_most_bytes"]
-    assert summary["adapter_load_s"] > 0
+    assert 0 <= summary["adapter_load_s"] < summary["run_s"]  # three slots are filled in less than the last digit
