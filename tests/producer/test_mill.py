@@ -194,11 +194,11 @@ def say(mill: Mill, adapter: str | None, count: int = 1) -> list[list[int]]:
 def test_a_replacement_that_host_memory_cannot_hold_leaves_the_old_one(
     options: dict[str, Any], tiny_adapters: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    big = make_adapter(tmp_path / "big", rank=8)
+    big = make_adapter(tmp_path / "big", rank=16)
     first = {"one": tiny_adapters / "one"}
-    with Mill(options["base_model"], first, dtype="float32", device="cpu", lora_host_bytes=7000) as mill:
+    with Mill(options["base_model"], first, dtype="float32", device="cpu", lora_host_bytes=20_000) as mill:
         before, said = mill.adapters, say(mill, "one")
-        with pytest.raises(ValueError, match="bytes are more than the 7,000 of --lora-host-bytes"):
+        with pytest.raises(ValueError, match="bytes are more than the 20,000 of --lora-host-bytes"):
             mill.replace_adapter("one", big)
         assert mill.adapters == before
         assert say(mill, "one") == said
