@@ -42,7 +42,7 @@ _ARGUMENTS = {
     "store": [_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
     "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 7, _F, _F, _L, _L, _P, _L, _I],
     "multi_lora_step": [],
-    "pack_panels": [_P, _P, _L, _L, _I, _I, _I, _I],
+    "fill_panels": [_P, _L],
     "multi_lora": [_P, _L, _P, _I, _P, _L, _I, _I, _P, _P, _P, _P, _L, _P, _P, _L, _I, _I],
 }
 _LOG = logging.getLogger(__name__)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from loramill.kernels import native
-from loramill.kernels.panels import LowRank, PanelForm, Panels
+from loramill.kernels.panels import Filling, Pair, PanelForm, Panels
 from loramill.kernels.routing import TileRouting
 from loramill.kernels.segments import Segment
 
@@ -22,6 +22,15 @@ DECODE_HEIGHT, PREFILL_HEIGHT = 8, 32
 of one task that are more use weights that are in the first cache already."""
 PREFILL_ROWS = 48
 """Mean rows of a segment from which tasks are high."""
+
+
+class LowRank(Protocol):
+    """What an adapter adds to a projection: `a` [rank, K], `b` [rank, width]."""
+
+    @property
+    def a(self) -> Tensor: ...
+    @property
+    def b(self) -> Tensor: ...
 
 
 class NativeLora:
@@ -38,12 +47,20 @@ class NativeLora:
 
     def put(self, slot: int, weights: Panels | Sequence[LowRank | None]) -> bool:
         """Fill a slot: panels stay where they are. True: its weights are other tensors now."""
-        panels = weights if isinstance(weights, Panels) else self._form.pack(weights)
+        panels = weights if isinstance(weights, Panels) else self._laid(weights)
         columns = panels.a.numel() // self._form.k_size
         self._held[slot], self._columns[slot] = panels, columns
         self._ranks[slot] = torch.tensor(panels.ranks, dtype=torch.int32)
         self._slots[slot] = torch.tensor([panels.a.data_ptr(), panels.b.data_ptr(), columns])
         return True
+
+    def _laid(self, weights: Sequence[LowRank | None]) -> Panels:
+        pairs = [[] if one is None else [Pair(one.a, one.b.t())] for one in weights]
+        room = torch.empty(self._form.size([one.a.shape[0] if one else 0 for one in weights]), dtype=self._form.dtype)
+        filling = Filling(self._form.dtype)
+        panels = self._form.pack(pairs, room, filling)
+        filling.run()
+        return panels
 
     def add(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> None:
         """Add each routed row's delta to y [T, N], in place; x [T, K]. Both have their columns side by side.

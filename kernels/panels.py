@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loramill.kernels import native
 
+_MATRIX = struct.Struct("@PPqiiiiiifi")
+"""`Matrix` in `cpp/panels.cpp`, its padding written out."""
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-class LowRank(Protocol):
-    """What an adapter adds to a projection: `a` [rank, K], `b` [rank, width]."""
 
-    @property
-    def a(self) -> Tensor: ...
-    @property
-    def b(self) -> Tensor: ...
+class Pair(NamedTuple):
+    """What adds scale * B A to a projection's outputs from `first` on, as it was trained, in any dtype of floats."""
+
+    a: Tensor
+    """[rank, K]."""
+    b: Tensor
+    """[outputs, rank]."""
+    scale: float = 1.0
+    first: int = 0
+
+
+class Filling:
+    """Matrices on their way into panels: listed one by one, and written by one call, which Python does not wait for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._fill = native.function("fill_panels", dtype)
+        self._list: list[bytes] = []
+        self._kept: list[Tensor] = []
+
+    def add(self, room: int, depth: int, weights: Tensor, scale: float, lane: int, k: int) -> None:
+        """To write weights [n, k size] * scale, rounded once, from this lane and this k on into the panels at address
+        `room`, whose reduced dimension is `depth`."""
+        rows, size = weights.shape
+        stride, along = weights.stride()
+        if along != 1:
+            weights, stride = weights.contiguous(), size
+        self._kept.append(weights)
+        from_to = weights.data_ptr(), room, stride
+        self._list.append(_MATRIX.pack(*from_to, rows, size, lane, k, depth, _DTYPES[weights.dtype], scale, 0))
+
+    def run(self) -> None:
+        """Write all that was added."""
+        self._fill(b"".join(self._list), len(self._list))
 
 
 class Panels(NamedTuple):
@@ -40,23 +71,25 @@ class PanelForm:
     def __init__(self, widths: Sequence[int], k_size: int, dtype: torch.dtype) -> None:
         self.widths, self.k_size, self.dtype = tuple(widths), k_size, dtype
         self.step = native.function("multi_lora_step", dtype)()
-        self._pack = native.function("pack_panels", dtype)
 
-    def pack(self, deltas: Sequence[LowRank | None], room: Tensor | None = None) -> Panels:
-        """Lay an adapter out, in the `size` numbers of `room`; None where it leaves a sibling alone."""
-        given = [0 if one is None else one.a.shape[0] for one in deltas]
+    def pack(self, siblings: Sequence[Sequence[Pair]], room: Tensor, filling: Filling) -> Panels:
+        """Lay an adapter out in the `size` numbers of `room`, which `filling` writes: each sibling's pairs, their A one
+        above the other, and no two of them with the same outputs. None of a sibling: it is left alone."""
+        given = [sum(pair.a.shape[0] for pair in pairs) for pairs in siblings]
         ranks, sizes = self._ranks(given), self._sizes(given)
-        a, b = (torch.empty(sum(sizes), dtype=self.dtype) if room is None else room).split(sizes)
-        if sum(given) * self.k_size < len(a):
+        a, b = room[: sizes[0]], room[sizes[0] :]
+        if sum(given) * self.k_size < sizes[0]:
             a.zero_()
-        if list(ranks) != given:
+        if sum(pair.b.numel() for pairs in siblings for pair in pairs) < sizes[1]:
             b.zero_()
-        rows = start = 0
-        for one, rank, width in zip(deltas, ranks, self.widths, strict=True):
-            if one is not None:
-                self._fill(a, one.a, rows, self.k_size)
-                self._fill(b[start:], one.b.t(), 0, rank)
-            rows, start = rows + rank, start + rank * width
+        to_a, to_b, lane = a.data_ptr(), b.data_ptr(), 0
+        for pairs, rank, width in zip(siblings, ranks, self.widths, strict=True):
+            k = 0
+            for pair in pairs:
+                filling.add(to_a, self.k_size, pair.a, 1.0, lane + k, 0)
+                filling.add(to_b, rank, pair.b, pair.scale, pair.first, k)
+                k += pair.a.shape[0]
+            lane, to_b = lane + rank, to_b + rank * width * b.itemsize
         return Panels(a, b, ranks)
 
     def size(self, ranks: Sequence[int]) -> int:
@@ -71,11 +104,6 @@ class PanelForm:
         ranks = self._ranks(given)
         columns = -(-sum(ranks) // native.LANES) * native.LANES
         return columns * self.k_size, sum(rank * width for rank, width in zip(ranks, self.widths, strict=True))
-
-    def _fill(self, panels: Tensor, weights: Tensor, first: int, depth: int) -> None:
-        """Write weights [n, k] into the lanes from `first` on of panels whose reduced dimension is `depth`."""
-        pointers = panels.data_ptr(), weights.data_ptr()
-        self._pack(*pointers, *weights.stride(), *weights.shape, first, depth)
 
 
 def panel_form(widths: Sequence[int], k_size: int, dtype: torch.dtype, device: torch.device) -> PanelForm | None:

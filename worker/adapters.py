@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loramill.kernels.panels import Pair
 from loramill.worker.claims import some
 from loramill.worker.fit import Fit, fit, reasons
 from loramill.worker.model import BaseInfo, base_tensor
@@ -63,9 +64,22 @@ class Adapter:
         Raises:
             AdapterError: the files changed or vanished since they were checked, or it can only be served merged.
         """
-        if self.static_only:
-            raise AdapterError([f"{self.path}: it can only be served merged: {'; '.join(self.static_only)}"])
-        return pack(self.targets, self._tensors(), dtype, pin=pin)
+        return pack(self.targets, self._dynamic(), dtype, pin=pin)
+
+    def pairs(self) -> dict[str, list[Pair]]:
+        """Read the same as it was saved, by module path.
+
+        Raises:
+            AdapterError: as for `packed`.
+        """
+        tensors = self._dynamic()
+        return {
+            module: [
+                Pair(tensors[part.a], tensors[part.b][slice(*part.source)], part.scale, part.target.start)
+                for part in target.parts
+            ]
+            for module, target in self.targets.items()
+        }
 
     def patch(self) -> Patch:
         """Read what static serving needs.
@@ -79,6 +93,11 @@ class Adapter:
             {parameter: tensors[name] for parameter, name in self.replaced.items()},
             {module: Tokens(torch.tensor(ids), tensors[name]) for module, (name, ids) in self.tokens.items()},
         )
+
+    def _dynamic(self) -> dict[str, Tensor]:
+        if self.static_only:
+            raise AdapterError([f"{self.path}: it can only be served merged: {'; '.join(self.static_only)}"])
+        return self._tensors()
 
     def _tensors(self) -> dict[str, Tensor]:
         files = read(self.path, read_config(self.path))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loramill.kernels.panels import Panels
+from loramill.kernels.panels import Filling, Panels
 from loramill.worker.lora import FusedLinear
 from loramill.worker.packed import Packed
 
@@ -57,13 +57,13 @@ class HostForm:
         Raises:
             AdapterError: they are no longer what they were when it was checked.
         """
-        packed = adapter.packed(self._dtype, pin=self._pin)
         if not self._is_laid(adapter):
-            return packed
-        sizes = self._sizes(adapter)
+            return adapter.packed(self._dtype, pin=self._pin)
+        pairs, sizes, filling = adapter.pairs(), self._sizes(adapter), Filling(self._dtype)
         flat = torch.empty(sum(sizes), dtype=self._dtype)
-        pairs = zip(self._projections, flat.split(sizes), strict=True)
-        panels = {one.names: one.panels(packed.deltas, room) for one, room in pairs}
+        rooms = zip(self._projections, flat.split(sizes), strict=True)
+        panels = {one.names: one.panels(pairs, room, filling) for one, room in rooms}
+        filling.run()
         return Laid(flat, {names: found for names, found in panels.items() if found is not None})
 
     def _sizes(self, adapter: Adapter) -> list[int]:

@@ -16,7 +16,7 @@ from loramill.kernels.check import LiveRanks
 from loramill.kernels.layer import ACTIVATIONS, gated
 from loramill.kernels.multi_lora import Routing, TileWeights, multi_lora
 from loramill.kernels.native_lora import NativeLora
-from loramill.kernels.panels import Panels, panel_form
+from loramill.kernels.panels import Filling, Pair, Panels, panel_form
 from loramill.kernels.routing import TileRouting
 from loramill.worker.batch import Batch, current
 from loramill.worker.packed import Delta
@@ -171,28 +171,25 @@ class FusedLinear:
     def put(self, slot: int, weights: Mapping[str, Delta] | Panels | None) -> bool:
         """Fill a slot with deltas for these projections, or with what `panels` made of them; what an adapter leaves
         alone becomes zero. Whether what computes them has changed but for its numbers."""
-        mine = weights if isinstance(weights, Panels) else self._mine(weights or {})
+        mine = weights if isinstance(weights, Panels) else [(weights or {}).get(name) for name in self.names]
         if self.lora is None:
-            if mine is None:
+            if not (isinstance(mine, Panels) or any(mine)):
                 return False
             self.lora = slots_over(self._slots, self.widths, self.weight.shape[1], self.weight.dtype, self._device)
         if isinstance(mine, Panels):
             assert isinstance(self.lora, NativeLora)
             return self.lora.put(slot, mine)
-        return self.lora.put(slot, mine or [None] * len(self.names))
+        return self.lora.put(slot, mine)
 
-    def panels(self, deltas: Mapping[str, Delta], room: Tensor) -> Panels | None:
-        """An adapter's deltas for these projections, in the `panel_size` numbers of `room`; None where it has none."""
-        mine = self._mine(deltas)
-        return None if mine is None or self.form is None else self.form.pack(mine, room)
+    def panels(self, pairs: Mapping[str, Sequence[Pair]], room: Tensor, filling: Filling) -> Panels | None:
+        """An adapter's pairs for these projections, in the `panel_size` numbers of `room` once `filling` has run; None
+        where it has none."""
+        mine = [pairs.get(name, ()) for name in self.names]
+        return self.form.pack(mine, room, filling) if self.form is not None and any(mine) else None
 
     def panel_size(self, ranks: Mapping[str, int]) -> int:
         """How many numbers `panels` takes of an adapter of these ranks."""
         return 0 if self.form is None else self.form.size([ranks.get(name, 0) for name in self.names])
-
-    def _mine(self, deltas: Mapping[str, Delta]) -> list[Delta | None] | None:
-        mine = [deltas.get(name) for name in self.names]
-        return mine if any(mine) else None
 
 
 class Projection(nn.Module):

@@ -9,8 +9,9 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -149,20 +150,45 @@ def _tensors(data: bytearray) -> Iterator[tuple[str, str, Tensor | None]]:
     """
     (length,) = struct.unpack_from("<Q", data)
     start = 8 + length
-    for name, one in json.loads(data[8:start], object_pairs_hook=_unique).items():
+    for name, said, dtype, shape, numbers, begin, end in _header(bytes(data[8:start])):
+        if dtype is None:
+            yield name, said, None
+            continue
+        if start + end > len(data):
+            raise ValueError(f"{name} does not lie within the file")
+        if numbers:
+            flat = torch.frombuffer(data, dtype=dtype, count=numbers, offset=start + begin)
+        else:  # torch takes no empty buffer
+            flat = torch.empty(0, dtype=dtype)
+        yield name, said, flat.view(shape)
+
+
+class _Entry(NamedTuple):
+    """Of a header: where a tensor lies in the data, from `begin` to `end`."""
+
+    name: str
+    said: str
+    dtype: torch.dtype | None
+    """None for what is not floating point."""
+    shape: tuple[int, ...]
+    numbers: int
+    begin: int
+    end: int
+
+
+@lru_cache(maxsize=4)
+def _header(data: bytes) -> tuple[_Entry, ...]:
+    """What it says of each tensor. Kept, since adapters of one recipe have one header: 0.3 ms of 168 tensors' 0.9."""
+    entries = []
+    for name, one in json.loads(data, object_pairs_hook=_unique).items():
         if name == "__metadata__":
             continue
-        begin, end = one["data_offsets"]
-        dtype = _DTYPES.get(one["dtype"])
-        if dtype is None:
-            yield name, one["dtype"], None
-            continue
-        count = math.prod(one["shape"])
-        if begin < 0 or end - begin != count * dtype.itemsize or start + end > len(data):
-            raise ValueError(f"{name} does not lie within the file")
-        # torch takes no empty buffer.
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
-        yield name, one["dtype"], flat.to(dtype).view(one["shape"])
+        (begin, end), shape, dtype = one["data_offsets"], tuple(one["shape"]), _DTYPES.get(one["dtype"])
+        numbers = math.prod(shape)
+        if dtype is not None and (begin < 0 or end - begin != numbers * dtype.itemsize):
+            raise ValueError(f"{name} is not of the size that its shape has")
+        entries.append(_Entry(name, one["dtype"], dtype, shape, numbers, begin, end))
+    return tuple(entries)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ struct Task {
         }
     }
 
-    // The keys of [first, last) as panels of 16, which a panel's keys are the columns of.
+    // The keys of [first, last) as panels, 16 keys being the columns of each.
     void lay_out(int first, int last, T *panels) const {
         int words = shape.key_dim / By<T>::STEP;
         for (int at = first; at < last; at += LANES, panels += LANES * shape.key_dim) {
@@ -214,9 +214,9 @@ struct Task {
     }
 };
 
-// Weights of positions `low` to `high` (exclusive) out of their scores, which go on to `last`, but for a factor that their
-// sum needs yet: the result. All others up to `last` itself become 0. As T they take
-// their scores' place, which has room for a vector beyond.
+// Weights of positions `low` to `high` (exclusive) out of their scores, which go on to `last`. A factor is left out of them,
+// the result, which belongs to the sum of values that they weigh. All others, the one at `last` too, become 0. As T they
+// take their scores' place, which has room for a vector beyond.
 template <class T>
 float softmax(float *scores, int first, int low, int high, int last, const Shape &shape) {
     const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -311,16 +311,16 @@ void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, co
 
 }  // namespace
 
-#define EXPORT(T, name)                                                                                               \
+#define EXPORT(T, name)                                                                                                \
     extern "C" void attend_##name(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, const T *values,   \
-                              const int32_t *starts, const int32_t *lengths, const int32_t *tables,                \
-                              int64_t table_row, int longest, int heads, int kv_heads, int key_dim, \
-                              int value_dim, int page_size, int window, float scale, float softcap,                \
-                              int64_t cache_page, int64_t cache_head,                                              \
-                              const int32_t *tasks, int64_t count, int height) {                                   \
-        Shape shape{heads, kv_heads, key_dim, value_dim, page_size, window, scale, softcap, cache_page, cache_head};                         \
-        PICK(T, attend)(out, q, q_row, q_head, keys, values, starts, lengths, tables, table_row, longest,   \
-                    shape, tasks, count, height);                                                                       \
+                              const int32_t *starts, const int32_t *lengths, const int32_t *tables,                    \
+                              int64_t table_row, int longest, int heads, int kv_heads, int key_dim,                    \
+                              int value_dim, int page_size, int window, float scale, float softcap,                    \
+                              int64_t cache_page, int64_t cache_head,                                                  \
+                              const int32_t *tasks, int64_t count, int height) {                                       \
+        Shape shape{heads, kv_heads, key_dim, value_dim, page_size, window, scale, softcap, cache_page, cache_head};   \
+        PICK(T, attend)(out, q, q_row, q_head, keys, values, starts, lengths, tables, table_row, longest,              \
+                    shape, tasks, count, height);                                                                      \
     }
 
 #define PICK(T, f) f<T, Products<T>, Singly>

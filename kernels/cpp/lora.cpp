@@ -97,17 +97,6 @@ template <class T, int M, F act(F)>
     for (int m = 0; m < M; m++) store(out + m * out_row, act(g[m][0]) * u[m][0]);
 }
 
-// from [lanes, k_size] into the lanes from `first` on of panels of `depth` numbers each.
-template <class T>
-void pack_panels(T *out, const T *from, int64_t lane_stride, int64_t k_stride, int lanes, int k_size, int first, int depth) {
-    constexpr int STEP = By<T>::STEP;
-    for (int lane = 0; lane < lanes; lane++, from += lane_stride) {
-        int column = first + lane;
-        T *to = out + int64_t(column / LANES) * depth * LANES + column % LANES * STEP;
-        for (int k = 0; k < k_size; k++) to[k / STEP * STEP * LANES + k % STEP] = from[k * k_stride];
-    }
-}
-
 struct Tile {
     int32_t start, rows, first, members;  // rows of the batch; its members in the list of (slot, weight)
 };
@@ -185,10 +174,6 @@ void multi_lora_gated(const Call<T> &call, const T *y, int64_t y_row, T *out) {
 
 #define EXPORT(T, name)                                                                                                \
     extern "C" int multi_lora_step_##name() { return By<T>::STEP; }                                                    \
-    extern "C" void pack_panels_##name(T *out, const T *from, int64_t lane_stride, int64_t k_stride, int lanes,        \
-                                       int k_size, int first, int depth) {                                             \
-        pack_panels(out, from, lane_stride, k_stride, lanes, k_size, first, depth);                                    \
-    }                                                                                                                  \
     extern "C" void multi_lora_##name(T *y, int64_t y_row, T *out, int activation, const T *x, int64_t x_row,          \
                                       int k_size, int siblings, const int32_t *widths, const Slot<T> *slots,           \
                                       const int32_t *ranks, const Tile *tiles, int64_t count,                          \

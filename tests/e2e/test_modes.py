@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -232,13 +231,18 @@ def test_an_adapter_replaced_amid_a_job_never_answers_a_row(desk, rows, make_ada
     assert len(failed) + len(desk.results()) == 400
 
 
-def test_json_has_what_was_moved(desk, rows) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_json_has_what_was_moved(desk, rows, compiled: bool) -> None:
     desk.write(rows(40))
-    summary = json.loads(desk.run("--json", "--max-loras-per-batch", "1", "--max-loaded-loras", "1").out)
+    before = "" if compiled else "import os; os.environ['LORAMILL_NATIVE'] = '0'"
+    ended = desk.end(desk.start("--json", "--max-loras-per-batch", "1", "--max-loaded-loras", "1", before=before))
+    assert ended.code == 0, ended.err
+    summary = ended.summary
     assert summary["adapter_loads"] == summary["host_loads"] == 3
     assert summary["adapter_evictions"] == summary["host_evictions"] == 2
     one = sum(path.stat().st_size for path in Path(desk.adapters / "one").glob("*.safetensors"))
-    # One at a time, which panels of 16 columns make larger where ranks are small.
-    assert 0.8 * one < summary["host_most_bytes"] <= 2 * one
+    # One at a time; in panels of 16 columns small ranks take more.
+    assert 0.8 * one < summary["host_most_bytes"] <= (2 * one if compiled else one)
     assert summary["host_bytes_read"] == 3 * summary["host_most_bytes"]
-    assert 0 <= summary["adapter_load_s"] < summary["run_s"]  # three slots are filled in less than the last digit
+    # To point at three adapters takes less than the last digit, to copy them does not.
+    assert summary["adapter_load_s"] >= 0 if compiled else summary["adapter_load_s"] > 0

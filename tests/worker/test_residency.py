@@ -47,6 +47,7 @@ def test_an_adapter_comes_and_goes_while_others_are_in_use(
     assert [said(results, key) for key in (0, 1)] == [said(expected, key) for key in (0, 1)]
     engine.forget(first.sha256)
     assert engine.stats.resident == 1
+    assert engine.stats.adapter_load_s > 0
     with pytest.raises(ValueError, match="not registered"):
         engine.add(row(2, plain(first.sha256)))
 

@@ -437,9 +437,9 @@ def test_rows_without_a_place_in_the_engine_hold_up_no_pass_and_fill_no_memory(e
 
 
 def test_answers_are_kept_up_to_a_number_of_tokens(engine, prompter, monkeypatch) -> None:
-    monkeypatch.setattr(twins, "KEPT_TOKENS", 20)
+    monkeypatch.setattr(twins, "KEPT_TOKENS", 10 * (1 + twins.ROW_TOKENS))  # ten rows of a token
     monkeypatch.setattr(shard_runner, "FEED_ROWS", 1)
-    order = [*range(8), 7, 0]  # two tokens each, the answer and the row
+    order = [*range(8), 7, 0]
     rows = [native(100 + at, prompt=[prompt], temperature=0) for at, prompt in enumerate(order)]
     run(engine, prompter, rows)
     assert len(engine.seen) == 8
