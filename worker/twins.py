@@ -13,6 +13,8 @@ from loramill.worker.request import Request, Result, Sampling
 
 KEPT_TOKENS = 2**18
 """Of answers that are kept for rows to come: some 10 MB."""
+ROW_TOKENS = 32
+"""A row without its tokens takes about a kilobyte, as much as so many of them."""
 
 Identity = tuple[Hashable, ...]
 
@@ -50,6 +52,6 @@ class Kept:
 
 
 def _tokens(result: Result) -> int:
-    """With the alternatives that were reported, and one for the row itself."""
+    """With the alternatives that were reported, and what the row takes itself."""
     alternatives = sum(len(token.top) for completion in result.completions for token in completion.logprobs or ())
-    return 1 + sum(len(completion.token_ids) for completion in result.completions) + alternatives
+    return ROW_TOKENS + sum(len(completion.token_ids) for completion in result.completions) + alternatives
