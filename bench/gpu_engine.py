@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,7 @@ def floor(spec: Spec, rows: int, length: float, found: Ceilings) -> dict[str, fl
 
 
 def decode_steps(runner: EngineRunner, job: Job, rows: int) -> list[tuple[float, float, float]]:
-    """(seconds of a pass, of its forward, mean length) of every pass in which `rows` rows decode at once."""
+    """(seconds from one pass to the next, of its forward, mean length) where `rows` rows decode at once."""
     engine: Any = runner.model
     forward, inside = watched(engine._model)
     for number, row in enumerate(others(job, rows, DECODE_TOKENS).rows()):
@@ -65,16 +66,16 @@ def decode_steps(runner: EngineRunner, job: Job, rows: int) -> list[tuple[float,
             engine.step()
             whole = time.perf_counter() - began
             if len(lengths) == rows and engine.stats.completion_tokens - before == rows:
-                passes.append((whole, inside(), sum(lengths) / rows))
+                passes.append((whole, inside(int(engine._flights.overlap)), sum(lengths) / rows))
     finally:
         engine._model.forward = forward
     return passes
 
 
-def watched(model: Any) -> tuple[Callable[..., Any], Callable[[], float]]:
-    """Put a clock around a model's forward: what it was, and the seconds of its last call on the device."""
+def watched(model: Any) -> tuple[Callable[..., Any], Callable[[int], float]]:
+    """Put a clock around a model's forward: what it was, and the seconds on the device of its last call but so many."""
     forward, on_device = model.forward, torch.cuda.is_available()
-    marks: list[Any] = [None, None]
+    calls: deque[tuple[Any, Any]] = deque(maxlen=2)
 
     def mark() -> Any:
         if not on_device:
@@ -84,13 +85,14 @@ def watched(model: Any) -> tuple[Callable[..., Any], Callable[[], float]]:
         return event
 
     def timed(batch: Any) -> Any:
-        marks[0] = mark()
+        began = mark()
         logits = forward(batch)
-        marks[1] = mark()
+        calls.append((began, mark()))
         return logits
 
-    def seconds() -> float:
-        return float(marks[0].elapsed_time(marks[1]) / 1e3 if on_device else marks[1] - marks[0])
+    def seconds(behind: int) -> float:
+        began, ended = calls[-1 - behind]
+        return float(began.elapsed_time(ended) / 1e3 if on_device else ended - began)
 
     model.forward = timed
     return forward, seconds
@@ -100,6 +102,8 @@ def decode(runner: EngineRunner, job: Job, rows: int, found: Ceilings) -> dict[s
     """One point: the median decode step, its floor, and the engine's own share of it."""
     passes = decode_steps(runner, job, rows)
     passes = passes[UNSETTLED:] if len(passes) > 2 * UNSETTLED else passes
+    with runner.model.one_at_a_time():
+        alone = decode_steps(runner, job, rows)
     step_s = median(whole for whole, _, _ in passes)
     least = floor(job.spec, rows, median(length for _, _, length in passes), found)
     return {
@@ -108,6 +112,7 @@ def decode(runner: EngineRunner, job: Job, rows: int, found: Ceilings) -> dict[s
         "rows": rows,
         "passes": len(passes),
         "step_s": step_s,
+        "one_at_a_time_s": median(whole for whole, _, _ in alone[-len(passes) :]),
         "outside": median(1 - inside / whole for whole, inside, _ in passes),
         **least,
         "of_floor": step_s / least["floor_s"],

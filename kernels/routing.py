@@ -63,9 +63,9 @@ class Mixes:
         table = [list(mix) + [(0, 0.0)] * (width - len(mix)) for mix in (*mixes, *empty)]
         alone = all(len(mix) == 1 and mix[0][1] == 1.0 for mix in mixes)
         return cls(
-            torch.tensor([[s for s, _ in row] for row in table], dtype=torch.int32, device=device).view(-1, width),
-            torch.tensor([[w for _, w in row] for row in table], dtype=torch.float32, device=device).view(-1, width),
-            torch.tensor([len(mix) for mix in (*mixes, *empty)], dtype=torch.int32, device=device),
+            _there([[s for s, _ in row] for row in table], torch.int32, device).view(-1, width),
+            _there([[w for _, w in row] for row in table], torch.float32, device).view(-1, width),
+            _there([len(mix) for mix in (*mixes, *empty)], torch.int32, device),
             tuple(mix[0][0] for mix in mixes) if alone else None,
             slots,
         )
@@ -134,8 +134,7 @@ def route_host(mix_of_row: Sequence[int], mixes: Mixes, height: int) -> TileRout
     alone = mixes.single[used.pop()] if mixes.single and len(used) == 1 and BASE_MIX not in used else None
 
     def on_device(numbers: Sequence[int]) -> Tensor:
-        # Not at once onto the device: that would wait for all that it still has to do.
-        return torch.tensor(numbers, dtype=torch.int32).to(mixes.slots.device, non_blocking=True)
+        return _there(numbers, torch.int32, mixes.slots.device)
 
     return TileRouting(
         height,
@@ -188,6 +187,11 @@ def route_device(mix_of_row: Tensor, mixes: Mixes, height: int) -> TileRouting:
         torch.where(used, first, 0).int(),
         torch.where(used, rows, 0).int(),
     )
+
+
+def _there(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Not at once onto the device: that would wait for all that it still has to do.
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def _check_height(height: int) -> None:

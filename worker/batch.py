@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from loramill.kernels.router import Router
 from loramill.kernels.routing import TileRouting
 from loramill.worker.cache import KVCache, LayerShape
 from loramill.worker.sequence import Chunk
+from loramill.worker.sequence import Sequence as RowSequence
 
 
 @dataclass(slots=True)
@@ -54,12 +55,31 @@ class Probe:
     asked: dict[int, Asked] = field(default_factory=dict)
 
 
+class Drawn(NamedTuple):
+    """The tokens that a pass under way draws."""
+
+    tokens: Tensor
+    """int64, where the model is."""
+    places: Mapping[RowSequence, int]
+    """Where in `tokens` a row's is."""
+
+
 def pack(
-    chunks: Sequence[Chunk], tables: NDArray[np.int32], cache: KVCache, router: Router, device: torch.device
+    chunks: Sequence[Chunk],
+    tables: NDArray[np.int32],
+    cache: KVCache,
+    router: Router,
+    device: torch.device,
+    drawn: Drawn | None = None,
 ) -> Batch:
-    """Lay out the chunks of a step, in their order; `tables` are the pages of running rows, a line each."""
+    """Lay out the chunks of a step, in their order; `tables` are the pages of running rows, a line each. A token that
+    is not known yet is the row's in `drawn`."""
     # Python goes over rows, never over tokens: 256 decoding rows take 0.3 ms beside their routing.
-    tokens = [token for c in chunks for token in c.sequence.tokens[c.start : c.start + c.size]]
+    known = [c.sequence.tokens[c.start : c.start + c.size] for c in chunks]
+    unknown = [number for number, (c, its) in enumerate(zip(chunks, known, strict=True)) if len(its) < c.size]
+    for number in unknown:
+        known[number] = [*known[number], 0]
+    tokens = np.array([token for its in known for token in its], np.int64)
     starts, sizes, rows = np.array([(c.start, c.size, c.sequence.line) for c in chunks], np.int64).T
     ends = np.cumsum(sizes)
     lengths, of_token = starts + sizes, np.repeat(np.arange(len(chunks)), sizes)
@@ -75,9 +95,13 @@ def pack(
     def on_device(values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
+    fed = on_device(tokens)
+    if unknown and drawn is not None:
+        places = np.array([drawn.places[chunks[number].sequence] for number in unknown])
+        fed[on_device(ends[unknown] - 1)] = drawn.tokens[on_device(places)]
     return Batch(
         cache=cache,
-        tokens=torch.tensor(tokens, device=device),
+        tokens=fed,
         positions=on_device(positions),
         lines=on_device(lines),
         pages=Pages(

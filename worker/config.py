@@ -34,5 +34,7 @@ class EngineConfig:
     """Bytes; None takes what the rows can need, within a share of what is free."""
     prefix_sharing: bool = True
     """Whether what the prompts of a mix have in common is computed once."""
+    overlap: bool | None = None
+    """Whether the host decides and lays out a pass while the one before it runs; None is where it runs on a device."""
     max_row_tokens: int | None = None
     """The longest row to come, prompt and answer; None is the model's context."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Several
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,17 +12,17 @@ from torch import Tensor
 from loramill.kernels.router import Router
 from loramill.worker.adapters import Adapter
 from loramill.worker.answers import Answers
-from loramill.worker.batch import pack
 from loramill.worker.cache import KVCache
 from loramill.worker.cache_size import make_room
 from loramill.worker.config import EngineConfig as EngineConfig
+from loramill.worker.endings import Endings
+from loramill.worker.flight import Flights
 from loramill.worker.forecast import Forecast
-from loramill.worker.memory import give_back, keep_freed_memory, ran_out
+from loramill.worker.memory import give_back, keep_few_products, keep_freed_memory, ran_out
 from loramill.worker.model import Model, ModelError
 from loramill.worker.pressure import ATTEMPTS, Pressure
 from loramill.worker.request import EngineStats, Mix, Request, Result, Sampling
 from loramill.worker.residency import Residency
-from loramill.worker.sampling import Draw, draw
 from loramill.worker.scheduler import Scheduler
 from loramill.worker.sequence import Chunk, Sequence, Step
 
@@ -43,6 +43,7 @@ class Engine:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ModelError("--device cuda: torch sees no CUDA device here")
         if self.device == "cpu":
+            keep_few_products()
             keep_freed_memory()  # also what loading frees: weights as they were before they were packed
         self._model = Model(config.base, config.dtype, self.device, config.max_loras_per_batch)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
@@ -53,7 +54,7 @@ class Engine:
         pool = room.pool
         # On a device one page more, for the rows that pad a graph.
         pages = len(pool) + (self.device == "cuda")
-        self._cache = KVCache(self._model.shapes, pages, pool.size, self._model.dtype, self._model.device)
+        cache = KVCache(self._model.shapes, pages, pool.size, self._model.dtype, self._model.device)
         self._stats = EngineStats()
         self._residency = Residency(self._model, config, self._stats)
         self._scheduler = Scheduler(
@@ -63,11 +64,14 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._pressure = Pressure(self.max_num_seqs, config.max_num_batched_tokens)
-        self._router = Router(config.max_loras_per_batch, self._model.device)
+        router = Router(config.max_loras_per_batch, self._model.device)
         if self.device == "cuda":
             pages_per_row = room.tables.shape[1]
-            self._model.use_graphs(self._cache, self._router, self.max_num_seqs, pages_per_row, scratch_page=len(pool))
+            self._model.use_graphs(cache, router, self.max_num_seqs, pages_per_row, scratch_page=len(pool))
         self._answers = Answers(config.base.eos_token_ids)
+        self._endings = Endings(self._scheduler, self._answers)
+        overlap = self.device == "cuda" if config.overlap is None else config.overlap
+        self._flights = Flights(self._model, cache, router, room, overlap=overlap)
         for adapter in adapters:
             self.register(adapter)
 
@@ -89,7 +93,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, on_start: Callable[[Several[int]], None] | None = None) -> list[Result]:
-        """Run one forward pass; the rows that it finished. Nothing to do is an empty list.
+        """Run one forward pass; the rows that it finished, or where passes overlap those that the one before it did.
+        Nothing to do is an empty list.
 
         `on_start` is told the keys of rows of which an answer is begun in this pass, before anything is done for them:
         of those that start over as well.
@@ -106,44 +111,64 @@ class Engine:
         if self.has_work:
             raise ValueError("next_logits needs an engine without work")
         self.add(Request(-1, prompt, Sampling(1, temperature=0), mix, merged))
-        while True:
-            results, logits = self._pass()
-            if results:
-                break
+        with self.one_at_a_time():
+            while True:
+                results, logits = self._pass()
+                if results:
+                    break
         if logits is None:
             raise ValueError(results[0].error)
         return logits[0].to(torch.float32, copy=True)  # a graph's next pass writes over them
 
     def _pass(self, on_start: Callable[[Several[int]], None] | None = None) -> tuple[list[Result], Tensor | None]:
-        """One pass: the rows that it finished, and the logits [O, vocab] of those that got a token."""
-        scheduler = self._scheduler
-        began_s = time.perf_counter()
+        """Launch a pass, then settle the one before it, or this one as well where no two may overlap: the rows that are
+        finished, and the logits [O, vocab] of those that the launched pass draws a token for."""
+        scheduler, results = self._scheduler, list[Result]()
+        if not self._flights.can_be_followed:
+            results += self._settle()
         step = scheduler.schedule()
         if on_start is not None and (begun := [c.sequence.request.key for c in step.chunks if c.begins]):
             on_start(begun)
-        failed: list[Result] = []
         try:
-            failed = self._fail_rows_of(self._residency.prepare(step, scheduler))
-            chunks = [chunk for chunk in step.chunks if chunk.sequence.pages] if failed else step.chunks
-            if not chunks:
-                return failed, None
-            sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-            batch = pack(chunks, scheduler.room.tables, self._cache, self._router, self._model.device)
-            logits = self._model.forward(batch)
-            draws = draw(logits, sampled) if sampled else []
+            failed, logits = self._launch(step)
+            results += failed
+            results += self._settle(int(self._flights.overlap and logits is not None))
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error) or not scheduler.running:
                 raise
             why = str(error)
         else:
-            for chunk in chunks:
-                chunk.sequence.computed += chunk.size
-            self._count(chunks, time.perf_counter() - began_s)
+            return results, logits
+        # Only here is the error gone, and with it its frames' hold on what the pass had computed.
+        return results + self._make_smaller(step, why), None
+
+    def _launch(self, step: Step) -> tuple[list[Result], Tensor | None]:
+        """The rows that cannot be computed, and the logits of the pass, if there is one for the others."""
+        failed = self._endings.fail_rows_of(self._residency.prepare(step, self._scheduler))
+        chunks = [chunk for chunk in step.chunks if chunk.sequence.pages] if failed else step.chunks
+        if not chunks:
+            return failed, None
+        self._count(chunks)
+        return failed, self._flights.launch(chunks)
+
+    def _settle(self, left: int = 0) -> list[Result]:
+        """Wait for passes, until so many are under way: the rows that they finished."""
+        results: list[Result] = []
+        for flight, seconds, drawn in self._flights.settle(left):
+            self._stats.stepped(seconds, len(flight.chunks), self.max_num_seqs)
             self._pressure.went_well()
             self._limit()
-            return failed + self._emit(sampled, draws), logits
-        # Only here is the error gone, and with it its frames' hold on what the pass had computed.
-        return failed + self._make_smaller(step, why), None
+            results += self._endings.take(drawn, self._stats)
+        return results
+
+    @contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Within this block `step` says all of the pass that it runs: no two overlap."""
+        overlap, self._flights.overlap = self._flights.overlap, False
+        try:
+            yield
+        finally:
+            self._flights.overlap = overlap
 
     def register(self, adapter: Adapter) -> None:
         """Rows may ask for this adapter from now on; the same content again changes nothing.
@@ -239,58 +264,26 @@ class Engine:
         keys = [sequence.request.key for sequence in scheduler.running]
         given_up = self._pressure.ran_out(keys, sum(chunk.size for chunk in step.chunks))
         self._stats.out_of_memory += 1
+        self._flights.abandon()
         scheduler.start_over(step.loads)
         self._limit()
         give_back(self.device)
         if given_up is None:
             return []
         short = f"out of memory with nothing beside it, {ATTEMPTS} times: {' '.join(why.split())[:200]}"
-        return self._fail({given_up: (scheduler.waiting.of_row(given_up)[0].request, short)}, "out_of_memory")
+        return self._endings.fail({given_up: (scheduler.waiting.of_row(given_up)[0].request, short)}, "out_of_memory")
 
     def _limit(self) -> None:
         pressure, scheduler = self._pressure, self._scheduler
         self.max_num_seqs = scheduler.max_num_seqs = pressure.max_num_seqs
         scheduler.max_num_batched_tokens = pressure.max_num_batched_tokens
 
-    def _count(self, chunks: list[Chunk], seconds: float) -> None:
-        self._stats.waves += not self._stats.steps and not self._stats.waves
-        self._stats.stepped(seconds, len(chunks), self.max_num_seqs)
+    def _count(self, chunks: Several[Chunk]) -> None:
+        self._stats.waves += not self._stats.waves
         for chunk in chunks:
             sequence, start, size, _ = chunk
             self._stats.prompt_tokens += max(0, min(size, len(sequence.request.prompt) - start))
             self._stats.prompt_tokens_shared += sequence.shared if chunk.begins else 0
-
-    def _emit(self, sequences: list[Sequence], draws: list[Draw]) -> list[Result]:
-        """Append the drawn tokens; collect the rows all of whose answers are now complete."""
-        finished: list[Result] = []
-        broken = {s.request.key: s.request for s, (token, _) in zip(sequences, draws, strict=True) if token is None}
-        why = "the model's output was not finite (NaN or infinity)"
-        finished += self._fail({key: (request, why) for key, request in broken.items()}, "engine_error")
-        for sequence, (token, logprob) in zip(sequences, draws, strict=True):
-            if token is None or sequence.request.key in broken:
-                continue
-            self._stats.completion_tokens += 1
-            if self._answers.append(sequence, token, logprob):
-                self._scheduler.finish(sequence)
-                finished.extend(self._answers.collect(sequence.request))
-        return finished
-
-    def _fail_rows_of(self, adapters: Mapping[str, str]) -> list[Result]:
-        """End every row that asks for an adapter that cannot be had, for which `adapters` says why."""
-        rows: dict[int, tuple[Request, str]] = {}
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting) if adapters else ():
-            why = next((adapters[adapter] for adapter, _ in sequence.request.mix if adapter in adapters), None)
-            if why is not None:
-                rows[sequence.request.key] = sequence.request, why
-        return self._fail(rows, "adapter_unavailable")
-
-    def _fail(self, rows: Mapping[int, tuple[Request, str]], code: str) -> list[Result]:
-        """End rows with an error, all of their answers, and why."""
-        if rows:
-            self._scheduler.cancel(rows, failed=True)
-        for key in rows:
-            self._answers.drop(key)
-        return [Result(key, len(one.prompt), [], error=why, code=code) for key, (one, why) in rows.items()]
 
     def _to_merge(self, adapters: Iterable[Adapter]) -> int:
         """Bytes to keep for weights with one of these adapters merged in."""

@@ -80,6 +80,11 @@ def _time(engine: Engine, measured: Measured, rows: int, mixes: Sequence[Mix], *
         # The rows of a mix side by side, as in a planned job.
         mix = mixes[row * len(mixes) // rows]
         engine.add(Request(-1 - row, prompt, Sampling(answer, temperature=0, ignore_eos=True), mix, merged))
+    with engine.one_at_a_time():
+        _passes(engine, measured, len(set(mixes) - {()}))
+
+
+def _passes(engine: Engine, measured: Measured, adapters: int) -> None:
     while engine.has_work:
         running, before, loading_s = engine.num_running, engine.stats.prompt_tokens, engine.stats.adapter_load_s
         began_s = time.perf_counter()
@@ -87,4 +92,4 @@ def _time(engine: Engine, measured: Measured, rows: int, mixes: Sequence[Mix], *
         seconds = time.perf_counter() - began_s - (engine.stats.adapter_load_s - loading_s)
         tokens = engine.stats.prompt_tokens - before
         if not tokens or not running:  # one kind alone: in a small cache not all rows run at once
-            measured.passes.append(PassTime(seconds, tokens, 0 if tokens else running, len(set(mixes) - {()})))
+            measured.passes.append(PassTime(seconds, tokens, 0 if tokens else running, adapters))

@@ -153,6 +153,7 @@ class Model:
         self.shapes = probe.shapes
         self._lean = lean_form(self._model, self.projections, probe)
         self._graphs: Graphs | None = None
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def use_graphs(
         self, cache: KVCache, router: Router, max_num_seqs: int, pages_per_row: int, *, scratch_page: int
@@ -167,7 +168,7 @@ class Model:
             if isinstance(held, Laid):
                 each = [projection.put(slot, held.panels.get(projection.names)) for projection in self.projections]
             else:
-                deltas = held.to(self.device).deltas
+                deltas = held.to(self.device, self._copies).deltas
                 each = [projection.put(slot, deltas) for projection in self.projections]
             replaced = any(each)
         finally:

@@ -81,9 +81,17 @@ class Packed:
             start = end
         return deltas
 
-    def to(self, device: torch.device | str) -> Packed:
-        """The same on a device: one copy, which does not wait where this one is pinned."""
-        return Packed(self.flat.to(device, non_blocking=self.flat.is_pinned()), self.targets)
+    def to(self, device: torch.device, copies: torch.cuda.Stream | None = None) -> Packed:
+        """The same on a device: one copy, which does not wait where this one is pinned. In the stream `copies` it goes
+        beside what the device still has to compute, and only what is computed from now on waits for it."""
+        if copies is None:
+            return Packed(self.flat.to(device, non_blocking=self.flat.is_pinned()), self.targets)
+        with torch.cuda.stream(copies):
+            copied = self.to(device)
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(copies)
+        copied.flat.record_stream(now)
+        return copied
 
 
 def pack(targets: Mapping[str, Target], tensors: Mapping[str, Tensor], dtype: torch.dtype, *, pin: bool) -> Packed:

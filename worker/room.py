@@ -53,7 +53,7 @@ class Room:
 
     def grow(self, sequence: Sequence) -> bool:
         """See that a row has a page for each of its tokens; False where there is none."""
-        while len(sequence.pages) * self.pool.size < len(sequence.tokens):
+        while len(sequence.pages) * self.pool.size < sequence.length:
             page = self.pool.take()
             if page is None:
                 return False
@@ -90,5 +90,5 @@ class Room:
 
     def growth(self, sequence: Sequence) -> int:
         """Pages to keep for a row beside those for the tokens that it has."""
-        room = min(sequence.longest, len(sequence.tokens) + GROWTH_TOKENS)
-        return max(0, self.pool.pages_of(room) - self.pool.pages_of(len(sequence.tokens)))
+        room = min(sequence.longest, sequence.length + GROWTH_TOKENS)
+        return max(0, self.pool.pages_of(room) - self.pool.pages_of(sequence.length))

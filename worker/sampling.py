@@ -11,7 +11,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Sequence as Many
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,31 +31,99 @@ class Draw(NamedTuple):
 
     token: int | None
     logprob: TokenLogprob | None
+    redrawn: bool = False
+    """Whether it is another than `Drawing.tokens` said."""
+
+
+class Drawing:
+    """A token for each row of `logits` [rows, vocab], drawn where they are; only `wait` waits for it.
+
+    The logits may be written over once this is made.
+    """
+
+    def __init__(self, logits: Tensor, sequences: Many[Sequence]) -> None:
+        """`sequences` say how."""
+        samplings = self._samplings = [s.request.sampling for s in sequences]
+        self._reported = [row for row, s in enumerate(samplings) if s.logprobs is not None]
+        self._raw = torch.log_softmax(_some(logits, self._reported).float(), dim=-1) if self._reported else None
+        if any(_adjusts(s) for s in samplings):
+            logits = logits.float()  # a copy, unless the model computes in float32: then in place is as good
+            for row, sequence in enumerate(sequences):
+                if _adjusts(sequence.request.sampling):
+                    _adjust(logits[row], sequence)
+        best, self.tokens = largest(logits)
+        """int64 [rows], where the logits are."""
+        enough = torch.ones_like(self.tokens)
+        sampled = [row for row, s in enumerate(samplings) if s.temperature > 0]
+        self._sampler: _Sampler | None = None
+        if sampled:
+            rows = _on_device(sampled, logits)
+            self._sampler = _Sampler(_some(logits, sampled), sampled, [sequences[row] for row in sampled])
+            self.tokens[rows], enough[rows] = self._sampler.tokens, self._sampler.enough
+        # Of a row that is not finite anything may have been drawn, and a pass may go on from it before that is known.
+        self.tokens.clamp_(0, logits.shape[-1] - 1)
+        self._numbers = _Coming(torch.stack([self.tokens, torch.isfinite(best).long(), enough]))
+        self._report = (
+            None if self._raw is None else _Coming(self._logprobs(self._raw, _some(self.tokens, self._reported)))
+        )
+
+    def wait(self) -> list[Draw]:
+        """The tokens, once they are there."""
+        tokens, finite, enough = self._numbers.wait()
+        short = [row for row, known in enumerate(enough) if finite[row] and not known]
+        report = self._said(self._reported, tokens, self._report.wait() if self._report is not None else [])
+        if short and self._sampler is not None:
+            for row, token in zip(short, self._sampler.from_all(short), strict=True):
+                tokens[row] = token
+            if self._raw is not None and (again := [row for row in short if row in report]):
+                places = [self._reported.index(row) for row in again]
+                drawn = _on_device([tokens[row] for row in again], self._raw)
+                numbers = self._logprobs(self._raw[_on_device(places, self._raw)], drawn)
+                report |= self._said(again, tokens, numbers.tolist())
+        return [
+            Draw(token, report.get(row), row in short) if finite[row] else Draw(None, None)
+            for row, token in enumerate(tokens)
+        ]
+
+    def _logprobs(self, raw: Tensor, tokens: Tensor) -> Tensor:
+        """Of the tokens drawn for some rows, then of the best ones, then those: [rows, 1 + 2 most] float64. `raw`
+        [rows, vocab] is under the model's own distribution."""
+        values, ids = raw.topk(max(self._samplings[row].logprobs or 0 for row in self._reported))
+        return torch.cat([raw.gather(1, tokens[:, None]).double(), values.double(), ids.double()], 1)
+
+    def _said(self, rows: Many[int], tokens: Many[int], numbers: Many[Many[float]]) -> dict[int, TokenLogprob]:
+        report = {}
+        for row, (logprob, *top) in zip(rows, numbers, strict=True):
+            most = len(top) // 2
+            best = list(zip(map(int, top[most:]), top[:most], strict=True))
+            report[row] = TokenLogprob(tokens[row], logprob, best[: self._samplings[row].logprobs])
+        return report
 
 
 def draw(logits: Tensor, sequences: Many[Sequence]) -> list[Draw]:
     """Choose a token for each row of `logits` [rows, vocab]; `sequences` say how."""
-    samplings = [s.request.sampling for s in sequences]
-    reported = [row for row, s in enumerate(samplings) if s.logprobs is not None]
-    raw = torch.log_softmax(_some(logits, reported).float(), dim=-1) if reported else None
-    if any(_adjusts(s) for s in samplings):
-        logits = logits.float()  # a copy, unless the model computes in float32: then in place is as good
-        for row, sequence in enumerate(sequences):
-            if _adjusts(sequence.request.sampling):
-                _adjust(logits[row], sequence)
-    best, chosen = largest(logits)
-    enough = torch.ones_like(chosen)
-    sampled = [row for row, s in enumerate(samplings) if s.temperature > 0]
-    if sampled:
-        rows = _on_device(sampled, logits)
-        chosen[rows], enough[rows] = _sample(_some(logits, sampled), [sequences[row] for row in sampled], _CANDIDATES)
-    tokens, finite, known = torch.stack([chosen, torch.isfinite(best).long(), enough]).tolist()
-    if short := [row for row in sampled if finite[row] and not known[row]]:
-        again, _ = _sample(_some(logits, short), [sequences[row] for row in short], logits.shape[-1])
-        for row, token in zip(short, again.tolist(), strict=True):
-            tokens[row] = token
-    logprobs = {} if raw is None else _report(raw, reported, tokens, samplings)
-    return [Draw(token, logprobs.get(row)) if finite[row] else Draw(None, None) for row, token in enumerate(tokens)]
+    return Drawing(logits, sequences).wait()
+
+
+def looks_back(sampling: Sampling) -> bool:
+    """Whether what is drawn depends on the answer's tokens so far by more than their logits."""
+    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+class _Coming:
+    """Numbers on their way to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event = torch.cuda.Event() if numbers.is_cuda else None
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> Any:
+        """As nested lists."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
 
 
 def _on_device(numbers: Many[float], like: Tensor) -> Tensor:
@@ -70,7 +138,7 @@ def _some(x: Tensor, rows: Many[int]) -> Tensor:
 
 
 def _adjusts(s: Sampling) -> bool:
-    return bool(s.logit_bias) or s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+    return bool(s.logit_bias) or looks_back(s)
 
 
 def _adjust(row: Tensor, sequence: Sequence) -> None:
@@ -94,24 +162,35 @@ def _uniform(seed: int, sample: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _sample(logits: Tensor, sequences: Many[Sequence], candidates: int) -> tuple[Tensor, Tensor]:
-    """A token for each row [n], and 1 where `candidates` of the likeliest were enough to draw it from, else 0."""
-    samplings = [s.request.sampling for s in sequences]
-    uniforms = [_uniform(s.request.sampling.seed, s.index, s.generated) for s in sequences]
-    columns = [[s.temperature, u, s.top_k, s.top_p, s.min_p] for s, u in zip(samplings, uniforms, strict=True)]
-    how = torch.tensor(columns, dtype=torch.float64).to(logits.device, non_blocking=True)
-    scaled = logits.float() / how[:, :1].float()
-    filtered = [row for row, s in enumerate(samplings) if s.top_k > 0 or s.top_p < 1 or s.min_p > 0]
-    plain = sorted(set(range(len(samplings))) - set(filtered))
-    tokens = torch.zeros(len(samplings), dtype=torch.int64, device=logits.device)
-    enough = torch.ones_like(tokens)
-    if plain:
-        rows = _on_device(plain, logits)
-        tokens[rows] = _invert(torch.softmax(_some(scaled, plain), dim=-1), how[rows, 1])
-    if filtered:
-        rows = _on_device(filtered, logits)
-        tokens[rows], enough[rows] = _filtered(_some(scaled, filtered), how[rows], min(candidates, scaled.shape[-1]))
-    return tokens, enough
+class _Sampler:
+    """Tokens for rows with a temperature: `tokens` [n], and `enough` [n], 1 where some of the likeliest were enough."""
+
+    def __init__(self, logits: Tensor, rows: Many[int], sequences: Many[Sequence]) -> None:
+        """`logits` [n, vocab] of these rows of a pass."""
+        samplings = [s.request.sampling for s in sequences]
+        uniforms = [_uniform(s.request.sampling.seed, s.index, s.generated + s.ahead) for s in sequences]
+        columns = [[s.temperature, u, s.top_k, s.top_p, s.min_p] for s, u in zip(samplings, uniforms, strict=True)]
+        how = torch.tensor(columns, dtype=torch.float64).to(logits.device, non_blocking=True)
+        scaled = logits.float() / how[:, :1].float()
+        filtered = [at for at, s in enumerate(samplings) if s.top_k > 0 or s.top_p < 1 or s.min_p > 0]
+        plain = sorted(set(range(len(samplings))) - set(filtered))
+        self.tokens = torch.zeros(len(samplings), dtype=torch.int64, device=logits.device)
+        self.enough = torch.ones_like(self.tokens)
+        if plain:
+            at = _on_device(plain, logits)
+            self.tokens[at] = _invert(torch.softmax(_some(scaled, plain), dim=-1), how[at, 1])
+        if filtered:
+            at = _on_device(filtered, logits)
+            self._places = {rows[place]: number for number, place in enumerate(filtered)}
+            self._scaled, self._how = _some(scaled, filtered), how[at]
+            few = min(_CANDIDATES, scaled.shape[-1])
+            self.tokens[at], self.enough[at] = _filtered(self._scaled, self._how, few)
+
+    def from_all(self, rows: Many[int]) -> list[int]:
+        """Tokens for rows for which the likeliest were not enough."""
+        at = _on_device([self._places[row] for row in rows], self._scaled)
+        tokens: list[int] = _filtered(self._scaled[at], self._how[at], self._scaled.shape[-1])[0].tolist()
+        return tokens
 
 
 def _filtered(scaled: Tensor, how: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
@@ -150,17 +229,3 @@ def _invert(probs: Tensor, points: Tensor) -> Tensor:
     # Rounding may put the target a hair past the block's end: then its last token with any weight is meant.
     last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)
     return (block * _BLOCK + torch.minimum(place, last))[:, 0]
-
-
-def _report(raw: Tensor, rows: Many[int], tokens: Many[int], samplings: Many[Sampling]) -> dict[int, TokenLogprob]:
-    """What the rows report that `raw` [rows, vocab] holds the log-probabilities of, under the raw distribution."""
-    most = max(samplings[row].logprobs or 0 for row in rows)
-    values, ids = raw.topk(most)
-    # Of a row that is not finite any token may have been drawn.
-    mine = raw.gather(1, _on_device([tokens[row] for row in rows], raw)[:, None].clamp(max=raw.shape[1] - 1))
-    numbers = torch.cat([mine.double(), values.double(), ids.double()], 1).tolist()
-    report = {}
-    for row, (logprob, *top) in zip(rows, numbers, strict=True):
-        best = list(zip(map(int, top[most:]), top[:most], strict=True))
-        report[row] = TokenLogprob(tokens[row], logprob, best[: samplings[row].logprobs])
-    return report

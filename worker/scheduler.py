@@ -66,7 +66,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         for decoding in (True, False):
             for sequence in self.running:
-                if (sequence.pending == 1) is decoding and budget:
+                if (sequence.pending == 1) is decoding and budget and not sequence.ends:
                     budget -= self._compute(sequence, budget, chunks)
         loads = self._admit(budget, chunks) if budget and self._admissible else []
         chunks.sort(key=lambda chunk: chunk.sequence.slots)
@@ -211,7 +211,7 @@ class Scheduler:
     def _make_room(self) -> None:
         """A page for every row whose next token would not fit; the youngest rows give way."""
         for sequence in list(self.running):
-            while sequence.pages and not self.room.grow(sequence):
+            while sequence.pages and not sequence.ends and not self.room.grow(sequence):
                 self._preempt(self.running.pop(self._youngest))
 
     def _make_way(self) -> None:
@@ -247,4 +247,5 @@ class Scheduler:
             for adapter, _ in sequence.request.mix:
                 self.slots.release(adapter)
         sequence.slots = ()
+        sequence.forget_ahead()
         self._admissible = True

@@ -30,14 +30,34 @@ class Sequence:
     """How many of `tokens` it found computed when it started."""
     started: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    ahead: int = 0
+    """Tokens that passes under way draw for it: the next pass can compute them, what they are is not known yet."""
+    epoch: int = 0
+    """Goes up when what passes under way draw for it is void."""
 
     @property
     def generated(self) -> int:
+        """Tokens of the answer that are known."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def length(self) -> int:
+        """Tokens, with those that are not known yet."""
+        return len(self.tokens) + self.ahead
+
+    @property
     def pending(self) -> int:
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is only to be learnt what its last token is: there is nothing more to compute."""
+        return self.ahead > 0 and self.length >= len(self.request.prompt) + self.request.sampling.max_tokens
+
+    def forget_ahead(self) -> None:
+        """Whatever passes under way draw for it, it has the tokens that are known."""
+        self.ahead = 0
+        self.epoch += 1
 
     @property
     def weights(self) -> Mix:

@@ -13,6 +13,7 @@ from loramill.kernels.routing import TileRouting
 from loramill.worker.batch import Batch
 from loramill.worker.cache import KVCache
 from loramill.worker.engine import Engine
+from loramill.worker.flight import Flights
 from loramill.worker.graphs import PATIENCE, Graphs, Size, bucket, choose, fill
 from loramill.worker.request import Request, Result
 from tests.worker.parity import mixed_rows, peft_answers, requests_of
@@ -36,12 +37,11 @@ def test_a_size_that_passes_by_goes_through_a_larger_graph() -> None:
 def with_graphs(engine: Engine, run: Callable[[Graphs, Callable[[Batch], Tensor], Batch], Tensor]) -> Graphs:
     """Let an engine's passes go through `run`, with a scratch page in its cache and tiles of rows."""
     room, model = engine._scheduler.room, engine._model
-    engine._router = Router(engine.config.max_loras_per_batch, model.device, tiled=True)
-    engine._cache = KVCache(model.shapes, len(room.pool) + 1, room.pool.size, model.dtype, model.device)
+    router = Router(engine.config.max_loras_per_batch, model.device, tiled=True)
+    cache = KVCache(model.shapes, len(room.pool) + 1, room.pool.size, model.dtype, model.device)
+    engine._flights = Flights(model, cache, router, room, overlap=True)
     forward = model.forward
-    graphs = Graphs(
-        forward, engine._cache, engine._router, engine.max_num_seqs, room.tables.shape[1], scratch_page=len(room.pool)
-    )
+    graphs = Graphs(forward, cache, router, engine.max_num_seqs, room.tables.shape[1], scratch_page=len(room.pool))
     model.forward = lambda batch: run(graphs, forward, batch)  # type: ignore[method-assign]
     return graphs
 

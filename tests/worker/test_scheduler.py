@@ -92,6 +92,24 @@ def test_rows_grow_and_the_youngest_gives_way_when_the_cache_is_full() -> None:
     assert all(one.generated == 900 for one in rows)
 
 
+def test_a_row_of_which_only_the_last_token_is_to_be_learnt_needs_nothing_more() -> None:
+    plan = scheduler(pages=1)
+    one = sequence(0, 8, 9)  # its last token would be the first of another page, and is never computed
+    plan.add(one)
+    for drawn in range(9):
+        [(_, _, size, samples)] = plan.schedule().chunks
+        assert samples
+        one.computed += size
+        one.ahead += 1
+        if drawn:  # what the pass before drew is known now
+            one.ahead -= 1
+            one.tokens.append(9)
+    assert one.ends
+    assert plan.schedule().chunks == []
+    assert plan.running == [one]
+    assert plan.preemptions == 0
+
+
 def test_cancelling_keeps_rows_that_began() -> None:
     plan = scheduler(seqs=1)
     plan.add(sequence(0, 2, 2))
