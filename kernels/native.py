@@ -35,15 +35,18 @@ LANES = 16
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "add_rms_norm": [_P, _P, _P, _F, _P, _P, _L, _I],
-    "rope_store": [_P, _L, _P, _P, _P, _P, _F, _P, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
+    "add_rms_norm": [_P, _P, _L],
+    "rope_store": [_P, _P, _L, _L],
     "gated": [_P, _P, _L, _I, _I],
     "largest": [_P, _L, _L, _I, _P, _P],
     "store": [_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _I, _I, _I, _I, _L, _L],
     "attend": [_P, _P, _L, _L, _P, _P, _P, _P, _P, _L, *[_I] * 7, _F, _F, _L, _L, _P, _L, _I],
     "multi_lora_step": [],
     "fill_panels": [_P, _L],
-    "multi_lora": [_P, _L, _P, _I, _P, _L, _I, _I, _P, _P, _P, _P, _L, _P, _P, _L, _I, _I],
+    "multi_lora": [_P, _P, _L],
+    "multi_lora_normed": [_P, _P, _L, _P],
+    "multi_lora_roped": [_P, _P, _L, _P],
+    "multi_lora_gated": [_P, _P, _L, _P, _I],
 }
 _LOG = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import struct
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from loramill.kernels.native import LANES, function
 if TYPE_CHECKING:
     from loramill.kernels.attention import Pages
 
+_NORM = struct.Struct("@PPPPfi")
+_ROPE = struct.Struct("@PPPPPPPPqqiiiif")
+"""`Norm` and `Rope` in `cpp/rows.h`."""
 ROWS_OF_TASK = 16
 """Query rows that one task takes: with their keys read once for four of them. One row each in a decoding pass."""
 
@@ -63,15 +67,54 @@ def _tasks(pages: Pages, height: int) -> Tensor:
     return torch.stack([sequence, starts[sequence] + number * height], 1).int()
 
 
+class Rows(NamedTuple):
+    """What is to be done with each row of a product."""
+
+    how: bytes
+    """`Norm` or `Rope`, with the addresses of tensors that whoever asked for it must hold on to."""
+    results: tuple[Tensor, ...]
+
+
+def norm_rows(x: Tensor, weight: Tensor, eps: float, *, adds: bool) -> Rows:
+    """`layer.add_rms_norm` of contiguous x: (y, s), s being x where it `adds` nothing."""
+    y = torch.empty_like(x)
+    s = torch.empty_like(x) if adds else x
+    return Rows(_NORM.pack(x.data_ptr(), weight.data_ptr(), y.data_ptr(), s.data_ptr(), eps, x.shape[1]), (y, s))
+
+
+def rope_rows(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lines: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Rows:
+    """`layer.rope_store`: (q,)."""
+    kv_heads, size, dim = keys.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q = qkv.new_empty(qkv.shape[0], heads, dim)
+    weights = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+    tensors = (
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *weights,
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        lines.data_ptr(),
+    )
+    return Rows(_ROPE.pack(*tensors, *_strides(keys, values), heads, kv_heads, dim, size, eps), (q,))
+
+
 def add_rms_norm_native(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`layer.add_rms_norm`."""
     x = x.contiguous()
-    y = torch.empty_like(x)
-    s = x if residual is None else torch.empty_like(x)
-    given = None if residual is None else residual.contiguous().data_ptr()
-    function("add_rms_norm", x.dtype)(
-        x.data_ptr(), given, weight.data_ptr(), eps, y.data_ptr(), s.data_ptr(), x.shape[0], x.shape[1]
-    )
+    how, (y, s) = norm_rows(x, weight, eps, adds=residual is not None)
+    delta = None if residual is None else residual.contiguous()
+    function("add_rms_norm", x.dtype)(how, None if delta is None else delta.data_ptr(), x.shape[0])
     return y, s
 
 
@@ -86,15 +129,8 @@ def rope_store_native(
     eps: float,
 ) -> Tensor:
     """`layer.rope_store`."""
-    kv_heads, size, dim = keys.shape[1:]
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    q = qkv.new_empty(qkv.shape[0], heads, dim)
-    weights = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-    function("rope_store", qkv.dtype)(
-        *(qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), *weights, eps, q.data_ptr()),
-        *(keys.data_ptr(), values.data_ptr(), lines.data_ptr(), qkv.shape[0], heads, kv_heads, dim, size),
-        *_strides(keys, values),
-    )
+    how, (q,) = rope_rows(qkv, cos, sin, keys, values, lines, norms, eps)
+    function("rope_store", qkv.dtype)(how, qkv.data_ptr(), qkv.stride(0), qkv.shape[0])
     return q
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from loramill.kernels import native
+from loramill.kernels.native_forms import add_rms_norm_native, gated_native, norm_rows, rope_rows
 from loramill.kernels.panels import Filling, Pair, PanelForm, Panels
 from loramill.kernels.routing import TileRouting
 from loramill.kernels.segments import Segment
@@ -17,6 +19,7 @@ from loramill.kernels.segments import Segment
 if TYPE_CHECKING:
     from loramill.kernels.multi_lora import Routing
 
+_CALL = struct.Struct("@PqiiPPPPqPPqii")
 DECODE_HEIGHT, PREFILL_HEIGHT = 8, 32
 """Rows of a task. 8 is what registers hold at once, so short segments are cut to it for the threads to share out; rows
 of one task that are more use weights that are in the first cache already."""
@@ -43,7 +46,6 @@ class NativeLora:
         self._slots = torch.zeros(slots, 3, dtype=torch.int64)  # addresses of A and B, columns of A
         self._held: list[Panels | None] = [None] * slots
         self._columns = [0] * slots
-        self._call = native.function("multi_lora", form.dtype)
 
     def put(self, slot: int, weights: Panels | Sequence[LowRank | None]) -> bool:
         """Fill a slot: panels stay where they are. True: its weights are other tensors now."""
@@ -68,28 +70,59 @@ class NativeLora:
         Raises:
             ValueError: the routing is one by tiles, for a device.
         """
-        self._over(y, x, routing, None, 0)
+        call = self._of(y, x, routing)
+        if call is not None:
+            self._function("multi_lora")(call, y.data_ptr(), y.stride(0))
 
-    def gated(self, y: Tensor, x: Tensor, routing: Routing | TileRouting, activation: int) -> Tensor | None:
-        """`layer.gated` of y with each routed row's delta, y being left as it may: one pass over y instead of two. None
-        where no row of these has a delta; `activation` is its place among ACTIVATIONS."""
+    # What follows a projection is done with each row of y while it is in a cache; y is left as it may.
+
+    def gated(self, y: Tensor, x: Tensor, routing: Routing | TileRouting, activation: int) -> Tensor:
+        """`layer.gated` of y with its deltas; `activation` is its place among ACTIVATIONS."""
+        call = self._of(y, x, routing)
+        if call is None:
+            return gated_native(y, activation)
         out = y.new_empty(y.shape[0], y.shape[1] // 2)
-        return out if self._over(y, x, routing, out, activation) else None
+        self._function("multi_lora_gated")(call, y.data_ptr(), y.stride(0), out.data_ptr(), activation)
+        return out
 
-    def _over(self, y: Tensor, x: Tensor, routing: Routing | TileRouting, out: Tensor | None, activation: int) -> bool:
+    def normed(
+        self, y: Tensor, x: Tensor, routing: Routing | TileRouting, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`layer.add_rms_norm` of the residual [T, N] and y with its deltas."""
+        call = self._of(y, x, routing)
+        if call is None:
+            return add_rms_norm_native(residual, y, weight, eps)
+        residual = residual.contiguous()
+        how, (normed, s) = norm_rows(residual, weight, eps, adds=True)
+        self._function("multi_lora_normed")(call, y.data_ptr(), y.stride(0), how)
+        return normed, s
+
+    def roped(self, y: Tensor, x: Tensor, routing: Routing | TileRouting, *to: Any) -> Tensor:
+        """`layer.rope_store` of y with its deltas; `to` is what that takes beside it."""
+        how, (q,) = rope_rows(y, *to)
+        call = self._of(y, x, routing)
+        if call is None:
+            self._function("rope_store")(how, y.data_ptr(), y.stride(0), y.shape[0])
+        else:
+            self._function("multi_lora_roped")(call, y.data_ptr(), y.stride(0), how)
+        return q
+
+    def _of(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> bytes | None:
+        """`Call` in `cpp/lora.cpp`."""
         if isinstance(routing, TileRouting):
             raise ValueError("native slots take a routing by segments")
         most = max((self._columns[slot] for slot in routing.slots_used), default=0)
         if not most:
-            return False
+            return None
         tiles, slots, weights, height, members = routing.native(y.shape[0])
-        self._call(
-            *(y.data_ptr(), y.stride(0), None if out is None else out.data_ptr(), activation),
+        return _CALL.pack(
             *(x.data_ptr(), x.stride(0), self._form.k_size, len(self._widths)),
             *(self._widths.data_ptr(), self._slots.data_ptr(), self._ranks.data_ptr()),
             *(tiles.data_ptr(), len(tiles), slots.data_ptr(), weights.data_ptr(), most, height, members),
         )
-        return True
+
+    def _function(self, name: str) -> Callable[..., int]:
+        return native.function(name, self._form.dtype)
 
 
 class NativeTiles(NamedTuple):

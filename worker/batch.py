@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,10 @@ class Batch:
     routing: Routing | TileRouting
     output_routing: Routing | TileRouting
     """The same for a projection that sees the output rows only (the head)."""
+
+    def at_outputs(self) -> Batch:
+        """What projections are to find that all see the output rows only."""
+        return replace(self, routing=self.output_routing)
 
 
 class Asked(NamedTuple):

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loramill.kernels.attention import attend
-from loramill.kernels.layer import ACTIVATIONS, add_rms_norm, rope_store
-from loramill.worker.batch import Batch, Probe
+from loramill.kernels.layer import ACTIVATIONS, add_rms_norm
+from loramill.worker.batch import Batch, Probe, running
 from loramill.worker.lora import FusedLinear
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
@@ -51,31 +52,34 @@ class Lean:
         cos, sin = self._model.rotary_emb(x.new_empty(0, dtype=torch.float32), batch.positions[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        delta: Tensor | None = None
-        for layer in self._layers:
-            y, x = _normed(layer.first_norm, x, delta)
-            y, x = _normed(layer.second_norm, x, layer.out(self._attention(layer, layer.qkv(y), cos, sin, batch)))
-            delta = layer.down(layer.gate_up.gated(y, self._activation))
-        assert delta is not None, "a model has layers"
-        # Only the rows whose logits are wanted go on.
-        y, _ = _normed(self._model.norm, x[batch.outputs], delta[batch.outputs])
-        return self._head(y)
+        y, x = add_rms_norm(x, None, *_of(self._layers[0].first_norm))
+        for layer, following in pairwise(self._layers):
+            y, x = layer.out.normed(self._attention(layer, y, cos, sin, batch), x, *_of(layer.second_norm))
+            y, x = layer.down.normed(layer.gate_up.gated(y, self._activation), x, *_of(following.first_norm))
+        last = self._layers[-1]
+        attended = self._attention(last, y, cos, sin, batch)
+        # All that the other rows were needed for is in the cache now.
+        with running(batch.at_outputs()):
+            y, x = last.out.normed(attended[batch.outputs], x[batch.outputs], *_of(last.second_norm))
+            y, _ = last.down.normed(last.gate_up.gated(y, self._activation), x, *_of(self._model.norm))
+            return self._head(y)
 
-    def _attention(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+    def _attention(self, layer: _Layer, y: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         keys, values = batch.cache.layer(layer.number)
+        to = cos, sin, keys, values, batch.lines
         if layer.query_norm is None:
-            q = rope_store(qkv, cos, sin, keys, values, batch.lines)
+            q = layer.qkv.roped(y, *to)
         else:
             norms = layer.query_norm.weight, layer.key_norm.weight
-            q = rope_store(qkv, cos, sin, keys, values, batch.lines, norms, layer.query_norm.variance_epsilon)
+            q = layer.qkv.roped(y, *to, norms, layer.query_norm.variance_epsilon)
         out = torch.empty_like(q)
         asked = self._asked[layer.number]
         attend(out, q, keys, values, batch.pages, scale=asked.scale, window=asked.window, softcap=asked.softcap)
         return out.view(len(out), -1)
 
 
-def _normed(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+def _of(norm: Any) -> tuple[Tensor, float]:
+    return norm.weight, norm.variance_epsilon
 
 
 def lean_form(model: Any, projections: Sequence[FusedLinear], probe: Probe) -> Lean | None:

@@ -7,13 +7,14 @@ sibling returns its columns. The fused weight is the storage; the projections' o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramill.kernels.check import LiveRanks
-from loramill.kernels.layer import ACTIVATIONS, gated
+from loramill.kernels.layer import ACTIVATIONS, add_rms_norm, gated, rope_store
 from loramill.kernels.multi_lora import Routing, TileWeights, multi_lora
 from loramill.kernels.native_lora import NativeLora
 from loramill.kernels.panels import Filling, Pair, Panels, panel_form
@@ -137,14 +138,29 @@ class FusedLinear:
             self.lora.add(y.view(-1, y.shape[-1])[:, : sum(self.widths)], x.reshape(-1, x.shape[-1]), routing)
         return y
 
+    # What follows projections in a decoder layer: of `self(x)`, x [T, K], and at once with the adapters' part where the
+    # slots can do that.
+
     def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up of x [T, K], for the two siblings of these names or one projection of both: [T, N / 2]."""
+        """`layer.gated`, for the two siblings of these names or one projection of both: [T, N / 2]."""
         routing = self._routing()
         if routing is None or not isinstance(self.lora, NativeLora) or len(self.widths) != 2:
             return gated(self(x), activation)
-        y = self._now(x)
-        answer = self.lora.gated(y, x, routing, list(ACTIVATIONS).index(activation))
-        return gated(y, activation) if answer is None else answer
+        return self.lora.gated(self._now(x), x, routing, list(ACTIVATIONS).index(activation))
+
+    def normed(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`layer.add_rms_norm` with a residual [T, N]: (y, s)."""
+        routing = self._routing()
+        if routing is None or not isinstance(self.lora, NativeLora) or weight.dtype is not residual.dtype:
+            return add_rms_norm(residual, self(x), weight, eps)
+        return self.lora.normed(self._now(x), x, routing, residual, weight, eps)
+
+    def roped(self, x: Tensor, *to: Any) -> Tensor:
+        """`layer.rope_store`, for all of qkv; `to` is what that takes beside it: q [T, heads, dim]."""
+        routing = self._routing()
+        if routing is None or not isinstance(self.lora, NativeLora):
+            return rope_store(self(x), *to)
+        return self.lora.roped(self._now(x), x, routing, *to)
 
     def _routing(self) -> Routing | TileRouting | None:
         batch = current()

@@ -1,67 +1,18 @@
 // What lies between a layer's projections; formulas in kernels/layer.py.
-// A cache's lines are counted in tokens: its keys and values have the same strides but for the size of a head.
-#include "vec.h"
+#include "rows.h"
 
 namespace {
 
 template <class T>
-float mean_square(const T *x, int size) {
-    F total = {};
-    for (int i = 0; i < size; i += LANES) {
-        F v = load(x + i, size - i);
-        total += v * v;
-    }
-    return sum(total) / size;
-}
-
-template <class T>
-void add_rms_norm(const T *x, const T *residual, const T *weight, float eps, T *y, T *s, int64_t rows, int size) {
+void add_rms_norm(const Norm<T> &norm, const T *delta, int64_t rows) {
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const T *in = x + row * size;
-        if (residual) {
-            T *out = s + row * size;
-            for (int i = 0; i < size; i += LANES)
-                store(out + i, load(in + i, size - i) + load(residual + row * size + i, size - i), size - i);
-            in = out;
-        }
-        float scale = 1.0f / std::sqrt(mean_square(in, size) + eps);
-        for (int i = 0; i < size; i += LANES)
-            store(y + row * size + i, load(in + i, size - i) * scale * load(weight + i, size - i), size - i);
-    }
-}
-
-// One head, normed if there is a weight, rotated into `to`.
-template <class T>
-void rotate(const T *from, const float *cos, const float *sin, const T *weight, float eps, T *to, int dim) {
-    float scale = weight ? 1.0f / std::sqrt(mean_square(from, dim) + eps) : 1.0f;
-    int half = dim / 2;
-    for (int i = 0; i < half; i += LANES) {
-        int n = half - i;
-        F a = load(from + i, n) * scale, b = load(from + half + i, n) * scale;
-        if (weight) a *= load(weight + i, n), b *= load(weight + half + i, n);
-        F c = load(cos + i, n), s = load(sin + i, n);
-        store(to + i, a * c - b * s, n);
-        store(to + half + i, b * c + a * s, n);
-    }
+    for (int64_t row = 0; row < rows; row++) norm.row(row, delta ? delta + row * norm.size : nullptr);
 }
 
 template <class T>
-void rope_store(const T *qkv, int64_t qkv_row, const float *cos, const float *sin, const T *q_weight,
-                const T *k_weight, float eps, T *q, T *keys, T *values, const int64_t *lines, int64_t rows, int heads,
-                int kv_heads, int dim, int page_size, int64_t cache_page, int64_t cache_head) {
+void rope_store(const Rope<T> &rope, const T *qkv, int64_t qkv_row, int64_t rows) {
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const T *in = qkv + row * qkv_row;
-        const float *c = cos + row * (dim / 2), *s = sin + row * (dim / 2);
-        for (int h = 0; h < heads; h++) rotate(in + h * dim, c, s, q_weight, eps, q + (row * heads + h) * dim, dim);
-        int64_t page = lines[row] / page_size, place = lines[row] % page_size;
-        for (int h = 0; h < kv_heads; h++) {
-            int64_t line = (page * cache_page + h * cache_head + place) * dim;
-            rotate(in + (heads + h) * dim, c, s, k_weight, eps, keys + line, dim);
-            std::memcpy(values + line, in + (heads + kv_heads + h) * dim, dim * sizeof(T));
-        }
-    }
+    for (int64_t row = 0; row < rows; row++) rope.row(row, qkv + row * qkv_row);
 }
 
 template <class T, F act(F)>
@@ -120,17 +71,12 @@ void largest_of_rows(const T *x, int64_t x_row, int64_t rows, int size, int64_t 
 
 }  // namespace
 
-#define EXPORT(T, name)                                                                                               \
-    extern "C" void add_rms_norm_##name(const T *x, const T *residual, const T *weight, float eps, T *y, T *s,         \
-                                        int64_t rows, int size) {                                                      \
-        add_rms_norm(x, residual, weight, eps, y, s, rows, size);                                                      \
+#define EXPORT(T, name)                                                                                                \
+    extern "C" void add_rms_norm_##name(const Norm<T> *norm, const T *delta, int64_t rows) {                           \
+        add_rms_norm(*norm, delta, rows);                                                                              \
     }                                                                                                                  \
-    extern "C" void rope_store_##name(const T *qkv, int64_t qkv_row, const float *cos, const float *sin,               \
-                                      const T *q_weight, const T *k_weight, float eps, T *q, T *keys, T *values,       \
-                                      const int64_t *lines, int64_t rows, int heads, int kv_heads, int dim,            \
-                                      int page_size, int64_t cache_page, int64_t cache_head) {                         \
-        rope_store(qkv, qkv_row, cos, sin, q_weight, k_weight, eps, q, keys, values, lines, rows, heads, kv_heads,     \
-                   dim, page_size, cache_page, cache_head);                                                                                    \
+    extern "C" void rope_store_##name(const Rope<T> *rope, const T *qkv, int64_t qkv_row, int64_t rows) {              \
+        rope_store(*rope, qkv, qkv_row, rows);                                                                         \
     }                                                                                                                  \
     extern "C" void largest_##name(const T *x, int64_t x_row, int64_t rows, int size, int64_t *index, float *value) {   \
         largest_of_rows(x, x_row, rows, size, index, value);                                                           \

@@ -1,111 +1,21 @@
 // Multi-LoRA over tiles of rows; the formula is in kernels/multi_lora.py.
 //
-// One task is a tile: it brings its rows down by each of its slots, and adds what comes up to y, rounding once. Weights lie
-// as they are read: A [K, columns], and B [rank, width] of each sibling, in panels of LANES columns, each panel a stretch of
-// memory of its own, `step` numbers of the reduced dimension side by side in it (2 where the processor multiplies pairs of
-// bfloat16). A product is one load of weights, one number or pair of the row spread over a vector, no sum across lanes.
-#include <algorithm>
-#include <vector>
-
-#include "product.h"
+// One task is a tile: it brings its rows down by each of its slots, adds what comes up to y, rounding once, and goes on with
+// what follows in the layer.
+#include "lora_forms.h"
+#include "rows.h"
 
 namespace {
-
-template <class T>
-struct Slot {
-    const T *a, *b;
-    int64_t columns;  // of A: the siblings' ranks, each to a multiple of `step`, together to one of LANES
-};
-
-// The blocks are calls: in one large function the rows' addresses would not stay in registers.
-template <class T, int M, int N>
-[[gnu::noinline]] void shrink_block(const T *x, int64_t x_row, const Slot<T> &slot, int k_size, float weight, int column, T *v,
-                         int64_t v_row) {
-    F total[M][N] = {};
-    multiply<T, M, N>(x, x_row, slot.a + int64_t(column) * k_size, k_size, total);
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) store(v + m * v_row + column + n * LANES, total[m][n] * weight);
-}
-
-template <class T>
-void shrink(const T *x, int64_t x_row, int rows, const Slot<T> &slot, int k_size, float weight, T *v, int64_t v_row) {
-    by_rows(rows, [&](int row, auto height) {
-        constexpr int M = decltype(height)::value;
-        const T *from = x + row * x_row;
-        T *to = v + row * v_row;
-        int column = 0;
-        for (; column + 3 * LANES <= slot.columns; column += 3 * LANES)
-            shrink_block<T, M, 3>(from, x_row, slot, k_size, weight, column, to, v_row);
-        for (; column + 2 * LANES <= slot.columns; column += 2 * LANES)
-            shrink_block<T, M, 2>(from, x_row, slot, k_size, weight, column, to, v_row);
-        for (; column < slot.columns; column += LANES)
-            shrink_block<T, M, 1>(from, x_row, slot, k_size, weight, column, to, v_row);
-    });
-}
-
-template <class T>
-struct Part {  // of a member: its columns of v and its B for one sibling
-    const T *v, *b;
-    int rank;
-};
-
-template <class T>
-struct Expand {  // what is added to a tile's columns of one sibling
-    std::vector<Part<T>> parts;
-    int64_t v_row;
-
-    // total += the deltas of M rows from `row` on and N panels from `column` on.
-    template <int M, int N>
-    void add(int row, int column, F (*total)[N]) const {
-        for (const Part<T> &part : parts)
-            multiply<T, M, N>(part.v + row * v_row, v_row, part.b + int64_t(column) * part.rank, part.rank, total);
-    }
-};
-
-template <class T, int M, int N>
-[[gnu::noinline]] void expand_block(T *y, int64_t y_row, const Expand<T> &expand, int row, int column) {
-    F total[M][N];
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) total[m][n] = load(y + m * y_row + n * LANES);
-    expand.template add<M, N>(row, column, total);
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) store(y + m * y_row + n * LANES, total[m][n]);
-}
-
-template <class T>
-void expand_rows(T *y, int64_t y_row, int rows, const Expand<T> &expand, int width) {
-    if (expand.parts.empty()) return;
-    // Rows of y often lie a multiple of 4096 bytes apart, where they push each other out of the first cache: so few of
-    // them at a time, and each from end to end.
-    by_rows(rows, [&](int row, auto height) {
-        constexpr int M = decltype(height)::value;
-        int column = 0;
-        for (; column + 2 * LANES <= width; column += 2 * LANES)
-            expand_block<T, M, 2>(y + row * y_row + column, y_row, expand, row, column);
-        for (; column < width; column += LANES)
-            expand_block<T, M, 1>(y + row * y_row + column, y_row, expand, row, column);
-    });
-}
-
-template <class T, int M, F act(F)>
-[[gnu::noinline]] void gated_block(T *out, int64_t out_row, const T *gate, const T *up, int64_t y_row,
-                                   const Expand<T> &of_gate, const Expand<T> &of_up, int row, int column) {
-    F g[M][1], u[M][1];
-    for (int m = 0; m < M; m++) g[m][0] = load(gate + m * y_row), u[m][0] = load(up + m * y_row);
-    of_gate.template add<M, 1>(row, column, g);
-    of_up.template add<M, 1>(row, column, u);
-    for (int m = 0; m < M; m++) store(out + m * out_row, act(g[m][0]) * u[m][0]);
-}
 
 struct Tile {
     int32_t start, rows, first, members;  // rows of the batch; its members in the list of (slot, weight)
 };
 
 template <class T>
-struct Call {
+struct Call {  // Python fills it
     const T *x;
     int64_t x_row;
-    int k_size, siblings;
+    int32_t k_size, siblings;
     const int32_t *widths;
     const Slot<T> *slots;
     const int32_t *ranks;
@@ -114,16 +24,18 @@ struct Call {
     const int32_t *member_slots;
     const float *member_weights;
     int64_t most_columns;
-    int height, most_members;
+    int32_t height, most_members;
 };
 
-// Brings the rows of every tile down, and calls `finish` with the tile and what each sibling's columns are to get.
-template <class T, class Finish>
-void over_tiles(const Call<T> &call, Finish finish) {
+// Brings the rows of every tile down, and calls `finish` with the tile, what each sibling's columns are to get, and what
+// computes that.
+template <class Form, class T, class Finish>
+void over_tiles(const Call<T> &call, Form *, Finish finish) {
 #pragma omp parallel
     {
         std::vector<T> bridge(size_t(call.most_members) * call.height * call.most_columns);
         std::vector<Expand<T>> siblings(call.siblings);
+        Form form;
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < call.count; number++) {
             const Tile &tile = call.tiles[number];
@@ -132,8 +44,8 @@ void over_tiles(const Call<T> &call, Finish finish) {
                 int number_of_slot = call.member_slots[tile.first + i];
                 const Slot<T> &slot = call.slots[number_of_slot];
                 T *v = bridge.data() + size_t(i) * call.height * call.most_columns;
-                shrink(call.x + tile.start * call.x_row, call.x_row, tile.rows, slot, call.k_size,
-                       call.member_weights[tile.first + i], v, call.most_columns);
+                form.shrink(call.x + tile.start * call.x_row, call.x_row, tile.rows, slot, call.k_size,
+                            call.member_weights[tile.first + i], v, call.most_columns);
                 const T *b = slot.b;
                 for (int s = 0; s < call.siblings; s++) {
                     int rank = call.ranks[number_of_slot * call.siblings + s];
@@ -141,31 +53,41 @@ void over_tiles(const Call<T> &call, Finish finish) {
                     v += rank, b += int64_t(rank) * call.widths[s];
                 }
             }
-            finish(tile, siblings);
+            finish(tile, siblings, form);
         }
     }
 }
 
-template <class T>
-void multi_lora(const Call<T> &call, T *y, int64_t y_row) {
-    over_tiles(call, [&](const Tile &tile, const std::vector<Expand<T>> &siblings) {
-        T *columns = y + tile.start * y_row;
-        for (int s = 0; s < call.siblings; columns += call.widths[s++])
-            expand_rows(columns, y_row, tile.rows, siblings[s], call.widths[s]);
+// Calls `f` with a pointer of the type of the form that serves numbers of type T here.
+template <class T, class Function>
+void in_best_form(Function f) {
+#ifdef HAS_TILES
+    if constexpr (std::is_same_v<T, bf16>)
+        if (tiles::allowed()) return f((Tiles *)nullptr);
+#endif
+    f((Vectors<T> *)nullptr);
+}
+
+// Adds the deltas to y, and calls `go_on` with each row while it is in a cache.
+template <class T, class Row>
+void multi_lora(const Call<T> &call, T *y, int64_t y_row, Row go_on) {
+    in_best_form<T>([&](auto *form) {
+        over_tiles(call, form, [&](const Tile &tile, const std::vector<Expand<T>> &siblings, auto &form) {
+            T *columns = y + tile.start * y_row;
+            for (int s = 0; s < call.siblings; columns += call.widths[s++])
+                if (!siblings[s].parts.empty()) form.expand(columns, y_row, tile.rows, siblings[s], call.widths[s]);
+            for (int64_t row = tile.start; row < tile.start + tile.rows; row++) go_on(row, y + row * y_row);
+        });
     });
 }
 
-template <class T, F act(F)>
+template <F act(F), class T>
 void multi_lora_gated(const Call<T> &call, const T *y, int64_t y_row, T *out) {
-    int width = call.widths[0];
-    over_tiles(call, [&](const Tile &tile, const std::vector<Expand<T>> &siblings) {
-        by_rows(tile.rows, [&](int row, auto height) {
-            constexpr int M = decltype(height)::value;
-            const T *gate = y + (tile.start + row) * y_row;
-            T *to = out + int64_t(tile.start + row) * width;
-            for (int column = 0; column < width; column += LANES)
-                gated_block<T, M, act>(to + column, width, gate + column, gate + width + column, y_row, siblings[0],
-                                       siblings[1], row, column);
+    int64_t width = call.widths[0];
+    in_best_form<T>([&](auto *form) {
+        over_tiles(call, form, [&](const Tile &tile, const std::vector<Expand<T>> &siblings, auto &form) {
+            form.template gated<act>(out + tile.start * width, y + tile.start * y_row, y_row, tile.rows, siblings[0],
+                                     siblings[1], width);
         });
     });
 }
@@ -174,19 +96,17 @@ void multi_lora_gated(const Call<T> &call, const T *y, int64_t y_row, T *out) {
 
 #define EXPORT(T, name)                                                                                                \
     extern "C" int multi_lora_step_##name() { return By<T>::STEP; }                                                    \
-    extern "C" void multi_lora_##name(T *y, int64_t y_row, T *out, int activation, const T *x, int64_t x_row,          \
-                                      int k_size, int siblings, const int32_t *widths, const Slot<T> *slots,           \
-                                      const int32_t *ranks, const Tile *tiles, int64_t count,                          \
-                                      const int32_t *member_slots, const float *member_weights, int64_t most_columns,  \
-                                      int height, int most_members) {                                                  \
-        Call<T> call{x,     x_row,        k_size,         siblings,     widths, slots,       ranks,                    \
-                     tiles, count, member_slots, member_weights, most_columns, height, most_members};                  \
-        if (!out)                                                                                                      \
-            multi_lora(call, y, y_row);                                                                                \
-        else if (activation)                                                                                           \
-            multi_lora_gated<T, gelu_tanh>(call, y, y_row, out);                                                       \
-        else                                                                                                           \
-            multi_lora_gated<T, silu>(call, y, y_row, out);                                                            \
+    extern "C" void multi_lora_##name(const Call<T> *call, T *y, int64_t y_row) {                                      \
+        multi_lora(*call, y, y_row, [](int64_t, const T *) {});                                                        \
+    }                                                                                                                  \
+    extern "C" void multi_lora_normed_##name(const Call<T> *call, T *y, int64_t y_row, const Norm<T> *norm) {          \
+        multi_lora(*call, y, y_row, [=](int64_t row, const T *its) { norm->row(row, its); });                          \
+    }                                                                                                                  \
+    extern "C" void multi_lora_roped_##name(const Call<T> *call, T *y, int64_t y_row, const Rope<T> *rope) {           \
+        multi_lora(*call, y, y_row, [=](int64_t row, const T *its) { rope->row(row, its); });                          \
+    }                                                                                                                  \
+    extern "C" void multi_lora_gated_##name(const Call<T> *call, const T *y, int64_t y_row, T *out, int activation) {  \
+        activation ? multi_lora_gated<gelu_tanh>(*call, y, y_row, out) : multi_lora_gated<silu>(*call, y, y_row, out); \
     }
 
 EXPORT(float, float32)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,7 +22,8 @@ from loramill.kernels.panels import PanelForm
 from loramill.kernels.segments import segments_of
 from loramill.worker.packed import Delta
 
-pytestmark = pytest.mark.skipif(native.operators() is None, reason="there is no C++ compiler here")
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler here")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
@@ -141,6 +146,13 @@ def test_sizes_that_are_no_whole_vectors_attend_in_torch() -> None:
     assert not native_forms.attends(keys, keys)
 
 
+@pytest.mark.skipif("amx_bf16" not in Path("/proc/cpuinfo").read_text(), reason="this processor has no matrix unit")
+def test_vectors_serve_where_the_matrix_unit_is_not_to() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "lora or at_once", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env={**os.environ, "LORAMILL_AMX": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_without_a_compiler_there_is_no_library(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,12 +217,39 @@ def test_multi_lora(dtype: torch.dtype, widths: list[int], k_size: int, runs: li
     routing = Routing(segments, torch.device("cpu"))
     if len(widths) == 2:
         for number, activation in enumerate(layer.ACTIVATIONS):
-            found = slots.gated(y, x, routing, number)
-            assert (found is None) == (not segments)
-            if found is not None:
-                assert apart(found, layer.gated_torch(right, activation)) < BOUNDS[dtype]
+            assert apart(slots.gated(y, x, routing, number), layer.gated_torch(right, activation)) < BOUNDS[dtype]
     slots.add(y, x, routing)
     assert apart(y, right) < BOUNDS[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_what_follows_is_the_same_when_it_is_done_at_once(dtype: torch.dtype, runs: list[tuple[Mix, int]]) -> None:
+    torch.manual_seed(6)
+    rows, dim = sum(count for _, count in runs), 16
+    routing = Routing(segments_of(runs), torch.device("cpu"))
+    x = torch.randn(rows, 96).to(dtype)
+
+    def product(widths: list[int]) -> tuple[NativeLora, Tensor, Tensor]:
+        slots, _, _ = lora_operands(dtype, widths, 96, [[8] * len(widths), [3] * len(widths), [16] * len(widths)] * 2)
+        y = torch.randn(rows, sum(widths)).to(dtype)
+        added = y.clone()
+        slots.add(added, x, routing)
+        assert torch.equal(y, added) == (not routing.segments)
+        return slots, y, added
+
+    slots, y, added = product([40 * 16])
+    residual, weight = torch.randn_like(y), torch.randn(y.shape[1]).to(dtype)
+    found = slots.normed(y, x, routing, residual, weight, 1e-5)
+    for one, right in zip(found, layer.add_rms_norm(residual, added, weight, 1e-5), strict=True):
+        assert torch.equal(one, right)
+
+    slots, y, added = product([4 * dim, 2 * dim, 2 * dim])
+    angle, lines = torch.rand(rows, dim // 2) * 6, torch.randperm((rows // 16 + 1) * 16)[:rows]
+    caches = [torch.zeros(2, rows // 16 + 1, 2, 16, dim, dtype=dtype) for _ in range(2)]
+    q = slots.roped(y, x, routing, angle.cos(), angle.sin(), *caches[0], lines)
+    assert torch.equal(q, layer.rope_store(added, angle.cos(), angle.sin(), *caches[1], lines))
+    assert torch.equal(*caches)
 
 
 def test_slots_that_leave_a_projection_alone_cost_nothing() -> None:
