@@ -180,6 +180,8 @@ class Tiles {
     template <F act(F)>
     void gated(bf16 *out, const bf16 *y, int64_t y_row, int rows, const Expand<bf16> &of_gate, const Expand<bf16> &of_up,
                int width) {
+        if (of_gate.parts.empty() && of_up.parts.empty())  // rows of the base
+            return Vectors<bf16>().template gated<act>(out, y, y_row, rows, of_gate, of_up, width);
         down(rows, [&](int row, int height) {
             for (int column = 0; column < width; column += WIDTH) {
                 int columns = std::min(WIDTH, width - column);
