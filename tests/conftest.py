@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Models of the tests are too small for a second thread: where others want the cores as well, waiting for it took a
+# third of a command's time and more. Read when torch is imported, here and in what the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -126,7 +126,8 @@ def _stop(**_: Any) -> None:
 
 
 def _oversee(node: Node, housekeeping: Housekeeping) -> None:
-    """Ends Celery when the worker is to end; and the process, should a thread of it wait for what does not come."""
+    """Ends Celery when the worker is to end; and the process, should a thread of it wait for what does not come, or
+    Celery take its time: then with a goodbye of its own, if the store answers while there is time."""
     while housekeeping.code is None and not node.drain.asked:
         time.sleep(LOOK_S)
     node.drain.ask()
@@ -135,6 +136,10 @@ def _oversee(node: Node, housekeeping: Housekeeping) -> None:
     while not node.drain.over and not node.idle:
         time.sleep(LOOK_S)
     time.sleep(LAST_S if housekeeping.code is None else 2 * LAST_S)
+    ending = threading.Thread(target=_stop, daemon=True)
+    ending.start()
+    while ending.is_alive() and not node.drain.over:
+        time.sleep(LOOK_S)
     for engine in node.engines:
         engine.kill()
     os._exit(housekeeping.code or 0)

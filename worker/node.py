@@ -56,6 +56,7 @@ class Node:
         self._lock = threading.Lock()
         self._express = Express(self)
         self._started_ms = round(time.time() * 1000)
+        self._closing = threading.Lock()
         self._closed = threading.Event()
 
     def start(self) -> None:
@@ -198,16 +199,20 @@ class Node:
         )
 
     def close(self) -> None:
-        """Ends the engines and says goodbye. What is still leased runs out by itself."""
-        self.drain.ask()
-        self._closed.set()
-        for engine in self.engines:
-            engine.close()
-        try:
-            self.store.goodbye(self.name)
-        except StoreError as error:
-            log_seldom(f"worker {self.name} ends without a goodbye: {error}")
-        self.store.close()
+        """Ends the engines and says goodbye. What is still leased runs out by itself. A second call waits for the
+        first."""
+        with self._closing:
+            if self._closed.is_set():
+                return
+            self.drain.ask()
+            self._closed.set()
+            for engine in self.engines:
+                engine.close()
+            try:
+                self.store.goodbye(self.name)
+            except StoreError as error:
+                log_seldom(f"worker {self.name} ends without a goodbye: {error}")
+            self.store.close()
 
 
 def open_node(options: WorkerOptions) -> Node:

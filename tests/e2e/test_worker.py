@@ -31,7 +31,9 @@ class Site:
         self.environment = {**os.environ, **ENVIRONMENT, **environment}
         self.processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *more: str, command: str = "loramill", **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *more: str, command: str = "loramill", app: str = "loramill.worker.app", **environment: str
+    ) -> subprocess.Popen[str]:
         """A worker: by our command, or by Celery's with the same settings."""
         settings = {"store": self.url, "base-model": "stub", "device": "cpu", "lease": str(LEASE_S)}
         given = {**self.environment, **environment}
@@ -41,7 +43,7 @@ class Site:
             line = [sys.executable, "-c", code, "worker", *flags, *more]
         else:
             given |= {f"LORAMILL_{name.replace('-', '_').upper()}": value for name, value in settings.items()}
-            line = [sys.executable, "-m", "celery", "-A", "loramill.worker.app", "worker", "-P", "threads", "-c", "4"]
+            line = [sys.executable, "-m", "celery", "-A", app, "worker", "-P", "threads", "-c", "4"]
         self.processes.append(
             subprocess.Popen(line, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -102,6 +104,24 @@ def test_a_job_is_done_by_celery(on_redis: Site, command: str) -> None:
     assert on_redis.store.workers() == []
     if command == "loramill":
         assert out == ""
+
+
+def test_a_celery_that_takes_its_time_to_end_is_not_waited_for(on_redis: Site, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from celery import signals\n"
+        "from loramill.worker.app import app\n"
+        "\n\n"
+        "@signals.worker_shutting_down.connect\n"
+        "def wait(**_):\n"
+        "    time.sleep(60)\n"
+    )
+    worker = on_redis.start(command="celery", app="slow", PYTHONPATH=str(tmp_path))
+    until(on_redis.ready)
+    worker.send_signal(signal.SIGTERM)
+    code, _, err = on_redis.end(worker)
+    assert code == 0, err
+    assert on_redis.store.workers() == []
 
 
 def test_until_empty(on_sqlite: Site) -> None:

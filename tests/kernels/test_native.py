@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +27,15 @@ COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler here")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """That share an operator's tasks out, as in use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def apart(found: Tensor, right: Tensor) -> float:
