@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from loramill.kernels.multi_lora import Routing
 
 _CALL = struct.Struct("@PqiiPPPPqPPqii")
-DECODE_HEIGHT, PREFILL_HEIGHT = 8, 32
-"""Rows of a task. 8 is what registers hold at once, so short segments are cut to it for the threads to share out; rows
-of one task that are more use weights that are in the first cache already."""
+DECODE_HEIGHT, PREFILL_HEIGHT = 16, 32
+"""Rows of a task. Registers hold 8 at once and the matrix unit 16, so short segments are cut to that for the threads to
+share out; rows of one task that are more use weights that are in the first cache already."""
 PREFILL_ROWS = 48
 """Mean rows of a segment from which tasks are high."""
 

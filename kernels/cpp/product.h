@@ -30,6 +30,7 @@ inline void multiply(const T *x, int64_t x_row, const T *weights, int k_size, F 
     const T *thirds[3] = {x, x + 3 * x_row, x + 6 * x_row};
     const T *end = x + k_size;
     for (; thirds[0] < end; weights += STEP * LANES) {
+        for (int n = 0; n < N; n++) fetch_ahead(weights + n * panel);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++)
                 out[m][n] = By<T>::add(out[m][n], weights + n * panel, thirds[m / 3] + m % 3 * x_row);

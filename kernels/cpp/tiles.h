@@ -82,6 +82,13 @@ class Unit {
     }
 };
 
+// A piece of weights of such a depth as tile TILE, which is shaped for it.
+template <int TILE>
+inline void load_weights(const bf16 *at, int depth) {
+    for (int i = 0; i < depth * LANES; i += DEPTH) fetch_ahead(at + i);
+    load<TILE>(at, 2 * LANES * sizeof(bf16));
+}
+
 // sums = x [rows, depth] times N panels of the weights, for as many rows as the unit is shaped for: CHAINS times N * LANES
 // columns side by side, which are to be added up. A chain waits 50 cycles for each product, so there should be three or four
 // of sums in all. `more` adds to what they hold.
@@ -90,12 +97,11 @@ inline void products(const bf16 *x, int64_t x_row, const bf16 *weights, int dept
                      bool more) {
     const int64_t panel = int64_t(depth) * LANES, x_bytes = x_row * int64_t(sizeof(bf16));
     const int64_t sums_bytes = sums_row * int64_t(sizeof(float));
-    constexpr int PAIRS = 2 * LANES * sizeof(bf16);
     each<N * CHAINS>([&](auto sum) { more ? load<sum>(sums + sum * LANES, sums_bytes) : zero<sum>(); });
     auto piece = [&](auto chain, int k) {
         load<4>(x + k, x_bytes);
         each<N>([&](auto n) {
-            load<5>(weights + n * panel + k * LANES, PAIRS);
+            load_weights<5>(weights + n * panel + k * LANES, DEPTH);
             multiply<chain * N + n, 4, 5>();
         });
     };
@@ -106,7 +112,7 @@ inline void products(const bf16 *x, int64_t x_row, const bf16 *weights, int dept
     if (k < depth) {
         load<6>(x + k, x_bytes);
         each<N>([&](auto n) {
-            load<7>(weights + n * panel + k * LANES, PAIRS);
+            load_weights<7>(weights + n * panel + k * LANES, depth - k);
             multiply<n, 6, 7>();
         });
     }

@@ -80,6 +80,10 @@ static inline F load(const T *p, int n) { return n >= LANES ? load(p) : load_par
 template <class T>
 static inline void store(T *p, F v, int n) { n >= LANES ? store(p, v) : store_part(p, v, n); }
 
+// Asks for what lies a page on in a long stretch of weights that is read once, from end to end: the processor's own guesses
+// stop at the end of a page.
+static inline void fetch_ahead(const void *line) { __builtin_prefetch((const char *)line + 4096); }
+
 static inline F larger(F a, F b) { return a > b ? a : b; }
 
 // v with lanes `GROUP` apart exchanged.
