@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import suppress
 
 import numpy as np
 from starlette.datastructures import Headers, MutableHeaders
@@ -69,9 +68,14 @@ class Body:
                 headers["connection"] = "close"
         elif self._refused and not message.get("more_body", False):
             await send({**message, "more_body": True})
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(DRAIN_S):
                     await self._drain()
+            except TimeoutError:
+                pass
+            except asyncio.CancelledError:
+                if not self._closing.is_set():  # or else the server ends, and waits for nobody
+                    raise
             message = _END
         self._answered = message["type"] == "http.response.body" and not message.get("more_body", False)
         await send(message)

@@ -156,7 +156,8 @@ def test_adapters_come_change_and_go_under_load(
             body = json.loads(row.line)["response"]["body"]
             expected = (None, site.sha256("one"))[row.row % 2 == 0]
             assert body.get("loramill", {}).get("adapter_sha256") == expected, "nobody else's rows were touched"
-        assert site.store.workers()[0].stats["adapters"]["new"]["completed"] == 12
+        # A worker says its counts every few seconds.
+        until(lambda: site.store.workers()[0].stats["adapters"]["new"]["completed"] == 12, LONG_S)
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason_and_the_worker_goes_on(
