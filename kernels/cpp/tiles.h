@@ -57,14 +57,14 @@ inline void each(Function f) {
 // A thread's unit. Tiles 0 to 3 hold sums, 4 and 5 pieces of rows and of weights, 6 and 7 what is left of a depth that is no
 // multiple of 32.
 class Unit {
-    int rows = 0, rest = 0;
+    int rows = 0, rest = 0, columns = 0;
 
   public:
-    // Shapes the tiles for so many rows and such a depth. What they hold is lost.
-    void shape(int for_rows, int depth) {
+    // Shapes the tiles for so many rows, such a depth and so many columns. What they hold is lost.
+    void shape(int for_rows, int depth, int for_columns = LANES) {
         int left = depth % DEPTH;
-        if (for_rows == rows && (left == 0 || left == rest)) return;
-        rows = for_rows;
+        if (for_rows == rows && for_columns == columns && (left == 0 || left == rest)) return;
+        rows = for_rows, columns = for_columns;
         if (left) rest = left;
         struct {
             uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -72,9 +72,9 @@ class Unit {
             uint8_t rows[16] = {};
         } shapes;
         auto is = [&](int tile, int of_rows, int numbers) { shapes.rows[tile] = of_rows, shapes.bytes[tile] = 2 * numbers; };
-        for (int tile = 0; tile < 4; tile++) is(tile, rows, DEPTH);
-        is(4, rows, DEPTH), is(5, DEPTH / 2, DEPTH);
-        if (rest) is(6, rows, rest), is(7, rest / 2, DEPTH);
+        for (int tile = 0; tile < 4; tile++) is(tile, rows, 2 * columns);
+        is(4, rows, DEPTH), is(5, DEPTH / 2, 2 * columns);
+        if (rest) is(6, rows, rest), is(7, rest / 2, 2 * columns);
         asm volatile("ldtilecfg %0" ::"m"(shapes));
     }
     ~Unit() {
