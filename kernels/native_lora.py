@@ -19,7 +19,8 @@ from loramill.kernels.segments import Segment
 if TYPE_CHECKING:
     from loramill.kernels.multi_lora import Routing
 
-_CALL = struct.Struct("@PqiiPPPPqPPqii")
+_INPUT, _SLOTS, _TILES = struct.Struct("@Pq"), struct.Struct("@iiPPPq"), struct.Struct("@PqPPii")
+"""`Call` in `cpp/lora.cpp`, in three parts: the second is known once a slot is filled, the third once for a pass."""
 DECODE_HEIGHT, PREFILL_HEIGHT = 16, 32
 """Rows of a task. Registers hold 8 at once and the matrix unit 16, so short segments are cut to that for the threads to
 share out; rows of one task that are more use weights that are in the first cache already."""
@@ -46,6 +47,8 @@ class NativeLora:
         self._slots = torch.zeros(slots, 3, dtype=torch.int64)  # addresses of A and B, columns of A
         self._held: list[Panels | None] = [None] * slots
         self._columns = [0] * slots
+        self._live = 0  # a bit for each slot that has columns
+        self._packed = b""
 
     def put(self, slot: int, weights: Panels | Sequence[LowRank | None]) -> bool:
         """Fill a slot: panels stay where they are. True: its weights are other tensors now."""
@@ -54,6 +57,9 @@ class NativeLora:
         self._held[slot], self._columns[slot] = panels, columns
         self._ranks[slot] = torch.tensor(panels.ranks, dtype=torch.int32)
         self._slots[slot] = torch.tensor([panels.a.data_ptr(), panels.b.data_ptr(), columns])
+        self._live = (self._live & ~(1 << slot)) | (bool(columns) << slot)
+        addresses = (one.data_ptr() for one in (self._widths, self._slots, self._ranks))
+        self._packed = _SLOTS.pack(self._form.k_size, len(self._widths), *addresses, max(self._columns))
         return True
 
     def _laid(self, weights: Sequence[LowRank | None]) -> Panels:
@@ -108,18 +114,13 @@ class NativeLora:
         return q
 
     def _of(self, y: Tensor, x: Tensor, routing: Routing | TileRouting) -> bytes | None:
-        """`Call` in `cpp/lora.cpp`."""
+        """`Call` in `cpp/lora.cpp`, or None where no slot of the pass has anything for these projections."""
         if isinstance(routing, TileRouting):
             raise ValueError("native slots take a routing by segments")
-        most = max((self._columns[slot] for slot in routing.slots_used), default=0)
-        if not most:
+        tiles = routing.native(y.shape[0])
+        if not tiles.slots_used & self._live:
             return None
-        tiles, slots, weights, height, members = routing.native(y.shape[0])
-        return _CALL.pack(
-            *(x.data_ptr(), x.stride(0), self._form.k_size, len(self._widths)),
-            *(self._widths.data_ptr(), self._slots.data_ptr(), self._ranks.data_ptr()),
-            *(tiles.data_ptr(), len(tiles), slots.data_ptr(), weights.data_ptr(), most, height, members),
-        )
+        return _INPUT.pack(x.data_ptr(), x.stride(0)) + self._packed + tiles.packed
 
     def _function(self, name: str) -> Callable[..., int]:
         return native.function(name, self._form.dtype)
@@ -128,13 +129,13 @@ class NativeLora:
 class NativeTiles(NamedTuple):
     """How a pass is cut into tasks."""
 
-    tiles: Tensor
-    """[n, 4] int32: first row, rows, and its members: the first of them and how many."""
-    slots: Tensor
-    """Of each member: [m] int32."""
-    weights: Tensor
-    height: int
-    most_members: int
+    packed: bytes
+    """For the call, with the addresses of `kept`."""
+    slots_used: int
+    """A bit for each."""
+    kept: tuple[Tensor, Tensor, Tensor]
+    """Tiles [n, 4] int32: first row, rows, and its members: the first of them and how many. Of each member its slot [m]
+    int32 and its weight [m]."""
 
 
 def native_tiles(segments: Sequence[Segment], rows: int) -> NativeTiles:
@@ -154,10 +155,14 @@ def native_tiles(segments: Sequence[Segment], rows: int) -> NativeTiles:
         cut(mix[0].start, mix[0].end, first, len(mix))
         first, done = first + len(mix), mix[0].end
     cut(done, rows, 0, 0)
-    return NativeTiles(
+    members = [member for mix in mixes for member in mix]
+    slots = [member.slot for member in members]
+    kept = (
         torch.tensor(tiles, dtype=torch.int32),
-        torch.tensor([member.slot for mix in mixes for member in mix], dtype=torch.int32),
-        torch.tensor([member.weight for mix in mixes for member in mix], dtype=torch.float32),
-        height,
-        max(map(len, mixes), default=0),
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor([member.weight for member in members], dtype=torch.float32),
     )
+    at_tiles, *at_members = (one.data_ptr() for one in kept)
+    most_members = max(map(len, mixes), default=0)
+    packed = _TILES.pack(at_tiles, len(tiles), *at_members, height, most_members)
+    return NativeTiles(packed, sum(1 << slot for slot in set(slots)), kept)

@@ -19,11 +19,11 @@ struct Call {  // Python fills it
     const int32_t *widths;
     const Slot<T> *slots;
     const int32_t *ranks;
+    int64_t most_columns;
     const Tile *tiles;
     int64_t count;
     const int32_t *member_slots;
     const float *member_weights;
-    int64_t most_columns;
     int32_t height, most_members;
 };
 
