@@ -172,12 +172,16 @@ def _engine_time(result: Result) -> str:
         ms = ({key: 1e3 * value for key, value in one[name].items()} for name in ("pass_s", "outside_s"))
         cells = [*(_range(values, ".2f") for values in ms), _range(one["outside"], ".1%")]
         lines.append(f"| {one['title']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Decoding, {made_by(result)}", ""])
+
+
+def made_by(result: Result) -> str:
+    """Job, machine, date and command of a part."""
     hardware = result["hardware"]
-    about = (
-        f"Decoding, {_job(result['job'])}. {hardware['cores']} cores of {hardware['cpu']}, torch "
+    return (
+        f"{_job(result['job'])}. {hardware['cores']} cores of {hardware['cpu']}, torch "
         f"{result['versions']['torch']}; {result['date']}; `{result['command']}`."
     )
-    return "\n".join([*lines, "", about, ""])
 
 
 def _grown(results: Sequence[Result]) -> list[Result]:

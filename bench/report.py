@@ -2,8 +2,8 @@
 
 A document says where with a pair of markers, `<!-- bench:NAME -->` and `<!-- /bench -->`; what lies between is
 replaced. Of `python -m bench`, `summary` is the main point, `points` every one, and `targets` what was asked of them;
-`gpu` is what `make gpu` measured, or that it has not yet; `engine`, `simulation`, `modes`, `thousand`, `queue` and
-`serve` are what the programs in bench/ found. The plots go beside the documents.
+`gpu` is what `make gpu` measured, or that it has not yet; `engine`, `operations`, `simulation`, `modes`, `thousand`,
+`queue` and `serve` are what the programs in bench/ found. The plots go beside the documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, adapters_report, gpu_report, point_report, queue_report, serve_report, simulation_report
+from bench import (
+    ROOT,
+    adapters_report,
+    gpu_report,
+    operations_report,
+    point_report,
+    queue_report,
+    serve_report,
+    simulation_report,
+)
 from bench.plot import plot
 
 RESULTS = ROOT / "bench" / "results"
@@ -45,6 +54,7 @@ def render(document: str, results: Results) -> str:
 
 _OTHERS = {
     "engine-time": point_report.engine_time,
+    "operations": operations_report.section,
     "simulation": simulation_report.section,
     "modes": adapters_report.modes,
     "thousand": adapters_report.thousand,

@@ -20,12 +20,15 @@ from loramill.worker.request import Request, Sampling, plain
 class EngineRunner(Runner):
     """Every row by its adapter over `slots` slots; 0 slots is the base alone."""
 
-    def __init__(self, slots: int, device: str, max_num_seqs: int, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, slots: int, device: str, max_num_seqs: int, dtype: str = "bfloat16", *, prefix_sharing: bool = True
+    ) -> None:
         self.slots = slots
         self.lora = slots > 0
         self.name = f"loramill-{slots}" if slots else "loramill-base"
         self.title = f"loramill, {slots} slots" if slots else "loramill, no LoRA"
         self._device, self._max_num_seqs, self._dtype = device, max_num_seqs, dtype
+        self._prefix_sharing = prefix_sharing
 
     def absent(self) -> str | None:
         """Never: it is the product."""
@@ -44,6 +47,7 @@ class EngineRunner(Runner):
             max_loras_per_batch=max(1, self.slots),
             max_num_seqs=self._max_num_seqs,
             max_row_tokens=longest,
+            prefix_sharing=self._prefix_sharing,
         )
         self.model = Engine(config, adapters.values())
 

@@ -1,0 +1,150 @@
+"""`python -m bench.operations`: the least time of every operation of the main job, without LoRA and over 16 adapters.
+
+Both engines run the job in turn, in one process. Each operation of each pass counts with the least time that it took in
+any round, so that what others do on the machine counts for little; how fast memory is read stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench import ROOT, hide_root, machine
+from bench.job import Job, Spec, describe, prepare
+from bench.named import MAIN
+
+SLOTS = {"no LoRA": 0, "16 adapters": 16}
+OPERATIONS = {"roped": "qkv_rotation", "attend": "attention", "normed": "out_down_norm", "gated": "gate_up"}
+"""What a layer calls, and what it is in the results; all else of a pass is `rest`."""
+Timed = tuple[str, float]
+Key = tuple[str, int, int, str]
+"""Phase, number of the pass, place in it, operation."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.operations", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--layers", type=int, default=MAIN.layers, help=f"default {MAIN.layers}")
+    parser.add_argument("--rows", type=int, default=MAIN.rows, help=f"default {MAIN.rows}")
+    parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "bench", help="where the model and job are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "operations.json")
+    options = parser.parse_args(arguments)
+    job = prepare(Spec(layers=options.layers, rows=options.rows), options.dir)
+    calls = _watched()
+    runs = {name: _runner(job, slots, calls) for name, slots in SLOTS.items()}
+    least: dict[str, dict[Key, float]] = {name: {} for name in SLOTS}
+    read = 0.0
+    for number in range(options.repeats):
+        read = max(read, read_bytes_s())
+        for name, run in runs.items():
+            for key, seconds in run():
+                least[name][key] = min(seconds, least[name].get(key, seconds))
+            print(f"round {number + 1}: {name} {sum(least[name].values()):.3f} s", file=sys.stderr, flush=True)
+    result = {
+        "part": "operations",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "command": " ".join(["python -m bench.operations", *arguments]),
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
+        "job": describe(job),
+        "rounds": options.repeats,
+        "read_bytes_s": read,
+        "bytes_of_pass": bytes_of_pass(job.spec),
+        "seconds": {name: by_operation(found) for name, found in least.items()},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def by_operation(least: dict[Key, float]) -> dict[str, dict[str, float]]:
+    """Seconds of each phase by operation."""
+    found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for (phase, _, _, operation), seconds in least.items():
+        found[phase][operation] += seconds
+    return {phase: dict(operations) for phase, operations in found.items()}
+
+
+def bytes_of_pass(spec: Spec) -> dict[str, int]:
+    """What a decode pass of all rows reads at the least, in bfloat16: the weights, the low-rank ones, and keys and
+    values when half of each answer is there."""
+    shapes = spec.linears()
+    adapters, tokens = sum(spec.ranks()), spec.rows * (spec.prompt_tokens + spec.output_tokens // 2)
+    return {
+        "weights": 2 * spec.parameters(),
+        "low_rank": 2 * spec.layers * adapters * sum(map(sum, shapes.values())),
+        "keys_values": 2 * spec.layers * tokens * sum(shapes[f"self_attn.{name}"][0] for name in ("k_proj", "v_proj")),
+    }
+
+
+def read_bytes_s() -> float:
+    """Bytes a second that torch sums of main memory with all its threads: the most of five."""
+    import torch
+
+    held = torch.zeros(2**26, dtype=torch.float32)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        held.sum()
+        best = max(best, held.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def _watched() -> list[Timed]:
+    """Has the layers note each operation and its seconds in the list that is returned."""
+    from loramill.worker import lean
+
+    calls: list[Timed] = []
+
+    def watch(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*arguments, **named)
+            calls.append((OPERATIONS[name], time.perf_counter() - began))
+            return result
+
+        setattr(owner, name, timed)
+
+    for name in OPERATIONS:
+        watch(lean if name == "attend" else lean.FusedLinear, name)
+    return calls
+
+
+def _runner(job: Job, slots: int, calls: list[Timed]) -> Callable[[], Iterator[tuple[Key, float]]]:
+    """What runs the job once more: each operation and its seconds."""
+    from bench.peers.engine import EngineRunner
+
+    runner = EngineRunner(slots, "cpu", job.spec.rows, prefix_sharing=False)
+    runner.load(job)
+    engine = runner.model
+
+    def run() -> Iterator[tuple[Key, float]]:
+        runner.add(job)
+        number = 0
+        while engine.has_work:
+            prompts = engine.stats.prompt_tokens
+            calls.clear()
+            began = time.perf_counter()
+            engine.step()
+            whole = time.perf_counter() - began
+            phase = "prefill" if engine.stats.prompt_tokens > prompts else "decode"
+            rest = whole - sum(seconds for _, seconds in calls)
+            for place, (operation, seconds) in enumerate([*calls, ("rest", rest)]):
+                yield (phase, number, place, operation), seconds
+            number += 1
+
+    return run
+
+
+if __name__ == "__main__":
+    hide_root()
+    sys.exit(main(sys.argv[1:]))
