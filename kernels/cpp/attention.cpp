@@ -47,7 +47,8 @@ void attend(T *out, const T *q, int64_t q_row, int64_t q_head, const T *keys, co
             const Shape &shape, const int32_t *tasks, int64_t count, int height) {
     int group = shape.heads / shape.kv_heads;
     int room = (longest / shape.page_size + 2) * shape.page_size;  // whole pages, and one for a vector beyond
-    bool fits_panels = Form::BY_PANELS && sizeof(T) * By<T>::STEP == sizeof(float) && shape.key_dim % (LANES * By<T>::STEP) == 0;
+    bool whole = sizeof(T) * By<T>::STEP == sizeof(float) && shape.key_dim % (LANES * By<T>::STEP) == 0;
+    bool fits_panels = Form::BY_PANELS && whole;
 #pragma omp parallel
     {
         std::vector<float> scores(size_t(QUERIES) * room);

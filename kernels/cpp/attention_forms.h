@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "product.h"
@@ -10,7 +11,6 @@
 constexpr int AHEAD = 2;  // pages that are fetched before their turn
 constexpr int QUERIES = 8;  // that go through scores, softmax and values together
 constexpr int IN_REGISTERS = 4;  // of them, where 16 sums of products are held for each
-constexpr int PANELS_FROM = 16;  // queries of a task
 
 // Lane i of the result is the sum of the lanes of a[i], for as many vectors as lanes.
 template <int GROUP>
