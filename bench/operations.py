@@ -1,7 +1,8 @@
 """`python -m bench.operations`: the least time of every operation of the main job, without LoRA and over 16 adapters.
 
-Both engines run the job in turn, in one process. Each operation of each pass counts with the least time that it took in
-any round, so that what others do on the machine counts for little; how fast memory is read stands beside them.
+Both engines run the job in one process, a pass of one and a pass of the other: a machine that is slower by the minute
+is so for both, and the ratio of a round tells them apart where runs of their own cannot. Each operation of each pass
+counts with the least time that it took in any round; how fast memory is read stands beside them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,18 @@ def main(arguments: Sequence[str]) -> int:
     calls = _watched()
     runs = {name: _runner(job, slots, calls) for name, slots in SLOTS.items()}
     least: dict[str, dict[Key, float]] = {name: {} for name in SLOTS}
+    rounds: list[dict[str, float]] = []
     read = 0.0
     for number in range(options.repeats):
         read = max(read, read_bytes_s())
-        for name, run in runs.items():
-            for key, seconds in run():
-                least[name][key] = min(seconds, least[name].get(key, seconds))
-            print(f"round {number + 1}: {name} {sum(least[name].values()):.3f} s", file=sys.stderr, flush=True)
+        rounds.append(dict.fromkeys(SLOTS, 0.0))
+        for passes in zip_longest(*(run() for run in runs.values()), fillvalue=[]):
+            for name, timed in zip(runs, passes, strict=True):
+                for key, seconds in timed:
+                    least[name][key] = min(seconds, least[name].get(key, seconds))
+                    rounds[-1][name] += seconds
+        said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rounds[-1].items())
+        print(f"round {number + 1}: {said}", file=sys.stderr, flush=True)
     result = {
         "part": "operations",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -54,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         "job": describe(job),
-        "rounds": options.repeats,
+        "rounds_s": rounds,
         "read_bytes_s": read,
         "bytes_of_pass": bytes_of_pass(job.spec),
         "seconds": {name: by_operation(found) for name, found in least.items()},
@@ -119,28 +126,27 @@ def _watched() -> list[Timed]:
     return calls
 
 
-def _runner(job: Job, slots: int, calls: list[Timed]) -> Callable[[], Iterator[tuple[Key, float]]]:
-    """What runs the job once more: each operation and its seconds."""
+def _runner(job: Job, slots: int, calls: list[Timed]) -> Callable[[], Iterator[list[tuple[Key, float]]]]:
+    """What runs the job once more, pass by pass: each operation and its seconds."""
     from bench.peers.engine import EngineRunner
 
     runner = EngineRunner(slots, "cpu", job.spec.rows, prefix_sharing=False)
     runner.load(job)
     engine = runner.model
 
-    def run() -> Iterator[tuple[Key, float]]:
+    def run() -> Iterator[list[tuple[Key, float]]]:
         runner.add(job)
-        number = 0
-        while engine.has_work:
+        for number in count():
+            if not engine.has_work:
+                return
             prompts = engine.stats.prompt_tokens
             calls.clear()
             began = time.perf_counter()
             engine.step()
             whole = time.perf_counter() - began
             phase = "prefill" if engine.stats.prompt_tokens > prompts else "decode"
-            rest = whole - sum(seconds for _, seconds in calls)
-            for place, (operation, seconds) in enumerate([*calls, ("rest", rest)]):
-                yield (phase, number, place, operation), seconds
-            number += 1
+            timed = [*calls, ("rest", whole - sum(seconds for _, seconds in calls))]
+            yield [((phase, number, place, operation), seconds) for place, (operation, seconds) in enumerate(timed)]
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.figures import spread
 from bench.point_report import made_by
 
 Result = Mapping[str, Any]
@@ -34,11 +35,14 @@ def _table(result: Result) -> str:
     reads = {name: f"{size / 1e6:,.0f} MB" for name, size in result["bytes_of_pass"].items()}
     speed = result["read_bytes_s"]
     extra = result["bytes_of_pass"]["low_rank"] / speed
+    (first, second), rounds = result["seconds"], result["rounds_s"]
+    found = spread([one[first] / one[second] for one in rounds])
     about = (
-        f"Least seconds of every operation over {result['rounds']} rounds of both in turn, summed; the last column is "
-        f"no LoRA / 16 adapters. A decode pass of all rows reads {reads['weights']} of weights, {reads['keys_values']} "
-        f"of keys and values when half of the answer is there, and {reads['low_rank']} of low-rank weights: "
-        f"{extra * 1e3:.1f} ms at the {speed / 1e9:.0f} GB/s that a sum reads. {made_by(result)}"
+        f"{first} / {second}: {found.median:.2f}x ({found.low:.2f}x-{found.high:.2f}x), the ratios of {len(rounds)} "
+        "rounds in which passes of both took turns. The table has the least seconds of every operation, summed, and "
+        f"the same ratio of them. A decode pass of all rows reads {reads['weights']} of weights, "
+        f"{reads['keys_values']} of keys and values when half of the answer is there, and {reads['low_rank']} of "
+        f"low-rank weights: {extra * 1e3:.1f} ms at the {speed / 1e9:.0f} GB/s that a sum reads. {made_by(result)}"
     )
     return "\n".join([*lines, "", about, ""])
 

@@ -29,8 +29,13 @@ def test_every_operation_of_both_engines_is_timed_and_shown(tmp_path: Path) -> N
         assert all(set(phase) == {*OPERATIONS.values(), "rest"} for phase in seconds.values())
         assert all(one > 0 for phase in seconds.values() for one in phase.values())
     assert result["read_bytes_s"] > 1e8
+    assert len(result["rounds_s"]) == 2
+    for name, seconds in result["seconds"].items():
+        least = sum(sum(phase.values()) for phase in seconds.values())
+        assert all(least <= one[name] * (1 + 1e-9) for one in result["rounds_s"])
     made = render("<!-- bench:operations -->\n<!-- /bench -->\n", [result])
     assert made.count("| decode | gate, up |") == 1
+    assert "the ratios of 2 rounds" in made
     assert "8 rows over 16 adapters" in made
 
 
