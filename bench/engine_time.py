@@ -7,19 +7,18 @@ each forward pass, which has a clock of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import ROOT, hide_root, machine
+from bench import ROOT, hide_root
 from bench.figures import spread
 from bench.job import Job, describe, prepare
+from bench.keep import keep
 from bench.named import MAIN
 
 ROWS = 256
@@ -42,20 +41,14 @@ def main(arguments: Sequence[str]) -> int:
         for name, step in steppers.items():
             rounds[name].append(share(step()))
             print(f"{name}: {rounds[name][-1]['outside']:.2%} of a pass", file=sys.stderr, flush=True)
-    result = {
-        "part": "engine-time",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.engine_time", *arguments]),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
+    found = {
         "job": describe(job),
         "passes": {
             name: {"title": name} | {key: asdict(spread([one[key] for one in found])) for key in found[0]}
             for name, found in rounds.items()
         },
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.out, "engine-time", "bench.engine_time", arguments, found)
     return 0
 
 

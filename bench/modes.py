@@ -7,17 +7,16 @@ than six.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, command, hide_root, machine
+from bench import ROOT, command, hide_root
 from bench.figures import spread
 from bench.job import Job, Spec, describe, prepare
+from bench.keep import keep
 
 SMALL = Spec(
     layers=6, hidden=512, intermediate=1408, heads=8, kv_heads=4, vocab=8192, prompt_tokens=64, output_tokens=32
@@ -38,16 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "bench", help="where models and jobs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "modes.json")
     options = parser.parse_args(arguments)
-    result = {
-        "part": "modes",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.modes", *arguments]),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
+    found = {
         "shapes": {shape: _measure(shape, options) for shape in options.shapes},
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.out, "modes", "bench.modes", arguments, found)
     return 0
 
 

@@ -8,18 +8,17 @@ counts with the least time that it took in any round; how fast memory is read st
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, hide_root, machine
+from bench import ROOT, hide_root
 from bench.job import Job, Spec, describe, prepare
+from bench.keep import keep
 from bench.named import MAIN
 
 SLOTS = {"no LoRA": 0, "16 adapters": 16}
@@ -54,20 +53,14 @@ def main(arguments: Sequence[str]) -> int:
                     rounds[-1][name] += seconds
         said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rounds[-1].items())
         print(f"round {number + 1}: {said}", file=sys.stderr, flush=True)
-    result = {
-        "part": "operations",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.operations", *arguments]),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
+    found = {
         "job": describe(job),
         "rounds_s": rounds,
         "read_bytes_s": read,
         "bytes_of_pass": bytes_of_pass(job.spec),
         "seconds": {name: by_operation(found) for name, found in least.items()},
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.out, "operations", "bench.operations", arguments, found)
     return 0
 
 

@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from bench import ROOT, hide_root, machine
+from bench.keep import keep
 from tests.servers import RedisServer
 
 ROWS, EMBEDDED_ROWS, WORKERS = 1_000_000, 200_000, 4
@@ -50,11 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         with RedisServer(folder / "redis", appendfsync=options.fsync) as server:
             queue = _queue(server, folder, rows, options)
         embedded = _embedded(folder, few)
-    result = {
-        "part": "queue",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.queue", *arguments]),
-        "hardware": machine.hardware(),
+    found = {
         "versions": machine.versions() | {"redis-server": server_version()},
         "rows": options.rows,
         "workers": options.workers,
@@ -62,8 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         **queue,
         "embedded": embedded,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.out, "queue", "bench.queue", arguments, found)
     return 0
 
 

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -27,6 +26,7 @@ import openai
 import psutil
 
 from bench import ROOT, hide_root, machine
+from bench.keep import keep
 from tests.servers import RedisServer, free_port
 
 CLIENTS, SECONDS, FILE_MB, BATCHES = 200, 30.0, 200, 20
@@ -48,18 +48,12 @@ def main(arguments: Sequence[str]) -> int:
             with machine.watch_others() as others, _store(store, Path(name) / store) as url:
                 stores[store] = _measure(url, Path(name), rows, options)
             stores[store]["others_cores"] = others[0] if others else None
-    result = {
-        "part": "serve",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.serve", *arguments]),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
+    found = {
         "clients": options.clients,
         "file_bytes": options.file_mb * _MB,
         "stores": stores,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.out, "serve", "bench.serve", arguments, found)
     return 0
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import ROOT, hide_root, machine
+from bench import ROOT, hide_root
 from bench.cluster import Outcome, Rows, Setting, Strategy, simulate
+from bench.keep import keep
 from loramill.producer.costs import Timing, fit
 from loramill.producer.plan import Plan, plan
 from loramill.producer.waves import Limits, MixFacts
@@ -164,20 +163,14 @@ def main(arguments: Sequence[str]) -> int:
     name = f"simulation-{spec.rows}-rows-{spec.adapters}-adapters-{spec.workers}-workers"
     folder = ROOT / "bench" / "results" if spec == default else ROOT / ".cache" / "bench" / "results"
     out = options.out or folder / f"{name}.json"
-    result = {
-        "part": "simulation",
+    found = {
         "name": name,
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.simulate", *arguments]),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
         "source": SOURCE,
         "titles": TITLES,
         "spec": asdict(spec),
         **run(spec),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(out, "simulation", "bench.simulate", arguments, found)
     print(f"written to {out}", file=sys.stderr)
     return 0
 

@@ -10,12 +10,12 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, command, hide_root, machine
+from bench import ROOT, command, hide_root
 from bench.job import zipf_counts
+from bench.keep import keep
 
 ADAPTERS, ROWS, ZIPF = 1000, 20_000, 1.0
 RANKS = (4, 8, 16, 32)
@@ -51,18 +51,12 @@ def main(arguments: Sequence[str]) -> int:
             assert len(lines) == options.rows
             runs[name].append({key: summary[key] for key in KEPT})
             print(f"{name}: {summary['run_s']:.1f} s, {summary['adapter_loads']} loads", file=sys.stderr, flush=True)
-    result = {
-        "part": "thousand",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python -m bench.thousand", *arguments]),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
+    found = {
         "job": {"adapters": options.adapters, "rows": options.rows, "zipf": ZIPF, "ranks": RANKS},
         "host_bytes": options.host_bytes,
         "runs": runs,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.out, "thousand", "bench.thousand", arguments, found)
     return 0
 
 
