@@ -11,7 +11,7 @@ Tokens = Mapping[str, Sequence[int]]
 """Output token ids by `custom_id`."""
 
 BASE = "loramill-base"
-OURS = ("loramill", "loramill-16", "loramill-static", "loramill-auto")
+OURS = ("loramill", "loramill-8", "loramill-16", "loramill-static", "loramill-auto")
 """Names of loramill's runners, without and with LoRA."""
 
 

@@ -14,11 +14,13 @@ SMALL = Spec(
 TINY = Spec(tiny=True, adapters=8, prompt_tokens=24, least_prompt_tokens=8, output_tokens=8, vocab=262)
 
 NO_LORA = ("transformers", "transformers-continuous", "vllm", "loramill-base")
-LORA = ("loramill", "loramill-16", "loramill-static", "loramill-auto")
+LORA = ("loramill-8", "loramill-16", "loramill-static", "loramill-auto")
 PEFT = ("peft-mixed", "peft-grouped")
 VLLM = ("vllm-4", "vllm-8", "vllm-16")
 FEW = ("loramill-base", "loramill", "loramill-auto", *PEFT, "vllm", "vllm-8")
 """Of a point beside the main one."""
+EVICTING = ("loramill-8", *FEW)
+"""Of one that has more than eight adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,13 @@ POINTS = {
     "main": NamedPoint("the job that the targets are about", MAIN, (*NO_LORA, *LORA, *PEFT, *VLLM), quick=True),
     "adapters-1": NamedPoint("one adapter", replace(SMALL, rows=256, adapters=1), FEW),
     "adapters-8": NamedPoint("8 adapters", replace(SMALL, rows=256, adapters=8), FEW),
-    "adapters-64": NamedPoint("64 adapters", replace(SMALL, rows=256, adapters=64), FEW, quick=True),
+    "adapters-64": NamedPoint("64 adapters", replace(SMALL, rows=256, adapters=64), EVICTING, quick=True),
     "adapters-512": NamedPoint(
-        "512 adapters", replace(SMALL, rows=2048, adapters=512), ("loramill-base", "loramill", "loramill-auto")
+        "512 adapters",
+        replace(SMALL, rows=2048, adapters=512),
+        ("loramill-8", "loramill-base", "loramill", "loramill-auto"),
     ),
-    "ranks-mixed": NamedPoint("ranks 8 to 64", replace(SMALL, rows=256, rank=64, least_rank=8), FEW, quick=True),
+    "ranks-mixed": NamedPoint("ranks 8 to 64", replace(SMALL, rows=256, rank=64, least_rank=8), EVICTING, quick=True),
     "prompts-short": NamedPoint(
         "prompts of 16 tokens", replace(SMALL, rows=256, prompt_tokens=16, output_tokens=64), FEW
     ),
@@ -50,7 +54,7 @@ POINTS = {
     "outputs-varied": NamedPoint(
         "answers of 4 to 128 tokens",
         replace(SMALL, rows=256, output_tokens=128, least_output_tokens=4),
-        FEW,
+        EVICTING,
         quick=True,
     ),
     "shared-prompt": NamedPoint(

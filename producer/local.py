@@ -131,7 +131,7 @@ class LocalEngine:
     def _planned(self, draft: Draft, costs: Costs | None, decided: Mapping[str, str]) -> JobPlan:
         try:
             return draft.plan(
-                slots=self._options.max_loras_per_batch,
+                slots=self._engine.config.max_loras_per_batch,
                 max_num_seqs=self._engine.max_num_seqs,
                 max_num_batched_tokens=self._options.max_num_batched_tokens,
                 max_loaded_loras=self._options.max_loaded_loras,

@@ -174,7 +174,7 @@ class Mill:
         if self._rows_seen == first:
             return None
         self._forget_retired()
-        names, max_mix = self._models.names, self._options.max_loras_per_batch
+        names, max_mix = self._models.names, self._models.slots
         index = validate(source, self._models.prompter, names=names, max_mix=max_mix)
         if index.problem_count:
             shown = [f"row {p.line - 1}: {p.param}: {p.message}" for p in index.problems]

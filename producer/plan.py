@@ -73,7 +73,9 @@ def plan(
     merged = np.zeros(len(facts) + 1, bool)  # the base, -1, is the last
     merged[[number for number, one in decisions.items() if one.mode is Mode.STATIC]] = True
     is_static, cost = merged[mix], prompt + answer
-    turn = turns(mix, cost, begins, prompt_hash)
+    # A row runs for as many passes as its answer has tokens, and its prompt is a part of one.
+    length = answer * (1 + prompt.max(initial=0)) + prompt
+    turn = turns(mix, length, begins, prompt_hash)
     waves: list[Wave] = []
     for start in range(0, len(mix), size):
         rows = np.arange(start, min(start + size, len(mix)))

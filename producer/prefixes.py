@@ -24,17 +24,19 @@ def beginnings(prompt: Sequence[int]) -> int:
     return key
 
 
-def turns(mix: NDArray[np.int32], cost: Ints, begins: Ints | None, prompt: Ints | None) -> Ints:
+def turns(mix: NDArray[np.int32], length: Ints, begins: Ints | None, prompt: Ints | None) -> Ints:
     """(rows,) the turn of each row: longest first, but rows of one mix that begin alike together.
 
     Where some begin alike, theirs is the turn of the longest of them, and among them the same holds for what they have
-    in common beyond. Equal prompts of equal cost are side by side, and what is equal in all stays in input order.
+    in common beyond. Of equal length, rows of a mix are side by side, of those equal prompts are, and what is equal in
+    all stays in input order.
 
-    cost: (rows,) tokens.  begins: (rows,) what `beginnings` gave.  prompt: (rows,) equal for equal prompts.
+    length: (rows,) greater for longer ones.  begins: (rows,) what `beginnings` gave.  prompt: (rows,) equal for equal
+    prompts.
     """
     keys: list[Ints] = []  # the first decides
     _, group = np.unique(mix, return_inverse=True)
-    groups = 0
+    groups, of_mix = 0, group.astype(np.int64)
     for level in range(len(DEPTHS) if begins is not None else 0):
         assert begins is not None
         part = begins >> (len(DEPTHS) - 1 - level) * _BITS & (1 << _BITS) - 1
@@ -42,9 +44,9 @@ def turns(mix: NDArray[np.int32], cost: Ints, begins: Ints | None, prompt: Ints 
         if len(found) > groups:
             groups = len(found)
             longest = np.zeros(groups, np.int64)
-            np.maximum.at(longest, group, cost)
-            keys += [-longest[group], first[group]]
-    keys.append(-cost)
+            np.maximum.at(longest, group, length)
+            keys += [-longest[group], of_mix, first[group]]
+    keys += [-length, of_mix]
     if prompt is not None:
         _, first, which = np.unique(prompt, return_index=True, return_inverse=True)
         keys.append(first[which])

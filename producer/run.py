@@ -63,7 +63,7 @@ def _check(source: Input, models: Models, options: RunOptions, invalid: InvalidL
         source,
         models.prompter,
         names=models.names,
-        max_mix=options.max_loras_per_batch,
+        max_mix=models.slots,
         max_rows=options.limit,
         on_invalid=invalid.add if skip else None,
         on_progress=counter(f"checked {{}} lines of {source.name}", quiet=options.quiet),

@@ -90,7 +90,7 @@ def served_by_own(models: Models, options: ModelOptions) -> Served:
     # A split may lead to one that cannot be served: no row of a job does, but the job's names have it.
     keys = dict.fromkeys(models.unusable, "") | {offer.name: offer.key for offer in manifest.adapters}
     facts = {offer.sha256: AdapterFacts(offer.rank, offer.alone is not None) for offer in manifest.adapters}
-    slots = options.max_loras_per_batch
+    slots = manifest.max_loras
     offer = Offer(manifest.base_id, models.names, models.prompter, keys, facts, slots, slots, models.warnings)
     return Served(offer, [manifest], [])
 

@@ -85,15 +85,17 @@ def arrange(
     mix: (all rows,) mix of each, -1 for the base.  cost: (all rows,) tokens, prompt and answer.
     turn: (all rows,) their order where nothing else decides (`prefixes.turns`).
 
-    The rows of one adapter keep together, the longest in front, so that its short rows fill the gaps at its end. An
-    adapter is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile pays for the
-    largest rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first, as many at a
-    time as have slots, and rows of the base, or else of the heaviest adapters, fill up the batch beside them: of their
-    own rank class while there are any, since an empty place costs more than a padded one.
+    The rows of one adapter keep together, the longest in front, so that its short rows fill the gaps at its end. Where
+    all adapters have slots there is one wave, and the shortest rows of all end it.
+
+    Otherwise an adapter is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile
+    pays for the largest rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first,
+    as many at a time as have slots, and rows of the base, or else of the heaviest adapters, fill up the batch beside
+    them: of their own rank class while there are any, since an empty place costs more than a padded one.
     """
     members = [(limits.needed(one), one.rank) for one in facts]
     needs, spare, chains = units(rows, mix, cost, turn, members, limits.free)
-    for parts in _parts(needs, spare, chains, limits, len(rows)):
+    for parts in _parts(needs, spare, chains, cost, turn, limits):
         joined = np.concatenate(parts)
         yield Wave(Mode.DYNAMIC, tuple(np.unique(mix[joined]).tolist()), joined)
 
@@ -121,13 +123,14 @@ def arrange_in_turn(rows: Ints, mix: NDArray[np.int32], facts: Sequence[MixFacts
 
 
 def _parts(
-    needs: list[Unit], spare: Unit, chains: list[list[Unit]], limits: Limits, row_count: int
+    needs: list[Unit], spare: Unit, chains: list[list[Unit]], cost: Ints, turn: Ints, limits: Limits
 ) -> Iterator[list[Ints]]:
     """The rows of each wave in turn, in parts that are each of one unit."""
     for unit in (unit for chain in chains for unit in chain):
         yield [unit.rows, spare.take(limits.max_num_seqs - len(unit.rows))]
-    every = sum(len(unit.members) for unit in needs)
-    if every <= limits.free or row_count <= 2 * limits.max_num_seqs:
+    if sum(len(unit.members) for unit in needs) <= limits.free:
+        yield from _all_at_once(needs, spare, cost, turn, limits.max_num_seqs)
+    elif sum(len(unit.rows) for unit in (*needs, spare)) <= 2 * limits.max_num_seqs:
         yield from _heaviest_first(needs, spare, limits.free)
     else:
         yield from _Interleaved(needs, spare, limits).waves()
@@ -135,8 +138,23 @@ def _parts(
         yield [spare.rows]
 
 
+def _all_at_once(needs: list[Unit], spare: Unit, cost: Ints, turn: Ints, max_num_seqs: int) -> Iterator[list[Ints]]:
+    """Slots for every adapter: one unit after the other, the heaviest first, but the shortest rows of all at the end.
+
+    Those fill up the batch while the last long rows run: there are so many of them as can, if all of its places are
+    taken for as long as the longest row runs.
+    """
+    units = [unit for own in reversed(_by_class(needs)) for unit in reversed(own)]
+    rows = np.concatenate([*(unit.rows for unit in units), spare.take(len(spare.rows))])
+    if len(rows):
+        in_turn = rows[np.argsort(turn[rows])]
+        left = np.cumsum(cost[in_turn][::-1])[::-1]
+        kept = in_turn[left <= max_num_seqs * int(cost[rows].max())]
+        yield [rows[turn[rows] < turn[kept[0]]], kept]
+
+
 def _heaviest_first(needs: list[Unit], spare: Unit, slots: int) -> Iterator[list[Ints]]:
-    """Few rows, or slots for every adapter: there is nothing to fill up, and the heaviest run the longest."""
+    """Few rows: there is nothing to fill up, and the heaviest run the longest."""
     parts: list[Ints] = []
     used, rank_class = 0, 0
     for own in reversed(_by_class(needs)):

@@ -47,9 +47,14 @@ class Adapter:
     static_only: tuple[str, ...]
     """Why it can only be served merged, alone and at strength 1; empty where it can be served either way."""
 
+    @property
+    def numbers(self) -> int:
+        """How many there are in its low-rank pairs of linear layers."""
+        return sum(target.numbers for target in self.targets.values())
+
     def nbytes(self, dtype: torch.dtype) -> int:
         """What `packed` will take."""
-        return sum(target.numbers for target in self.targets.values()) * dtype.itemsize
+        return self.numbers * dtype.itemsize
 
     @property
     def parameters(self) -> frozenset[str]:

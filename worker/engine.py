@@ -50,7 +50,7 @@ class Engine:
         wanted = config.max_num_seqs or _MAX_SEQS[self.device]
         self.max_num_seqs = min(wanted, config.max_num_batched_tokens)
         adapters = list(adapters)
-        room = make_room(config, self._model, self.max_num_seqs, self._to_merge(adapters))
+        room = make_room(config, self._model, self.max_num_seqs, self._for_adapters(adapters))
         pool = room.pool
         # On a device one page more, for the rows that pad a graph.
         pages = len(pool) + (self.device == "cuda")
@@ -285,7 +285,14 @@ class Engine:
             self._stats.prompt_tokens += max(0, min(size, len(sequence.request.prompt) - start))
             self._stats.prompt_tokens_shared += sequence.shared if chunk.begins else 0
 
-    def _to_merge(self, adapters: Iterable[Adapter]) -> int:
-        """Bytes to keep for weights with one of these adapters merged in."""
-        sizes = {(one.parameters, one.vocab_size) for one in adapters if one.static_only or self.config.merging}
-        return max((self._model.merge_bytes(*size) for size in sizes), default=0)
+    def _for_adapters(self, adapters: Iterable[Adapter]) -> int:
+        """Bytes to keep for slots that hold these adapters, and for weights with one of them merged in."""
+        sizes: set[tuple[frozenset[str], int]] = set()
+        ranks: dict[str, int] = {}
+        for one in adapters:
+            if one.static_only or self.config.merging:
+                sizes.add((one.parameters, one.vocab_size))
+            for module, target in () if one.static_only else one.targets.items():
+                ranks[module] = max(target.rank, ranks.get(module, 0))
+        merged = max((self._model.merge_bytes(*size) for size in sizes), default=0)
+        return merged + self._model.slot_bytes(ranks)

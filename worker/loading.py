@@ -11,6 +11,7 @@ from loramill.worker.engine import Engine, EngineConfig
 from loramill.worker.model import ModelError
 from loramill.worker.models import Models
 from loramill.worker.settings import ModelOptions
+from loramill.worker.slot_count import LEAST
 from loramill.worker.slots import Eviction
 
 
@@ -25,11 +26,13 @@ def load_engine(
     rows can come to, all of them by default. Raises Failure (USAGE for --pin, otherwise INPUT)."""
     registered = {name: models.adapters[name] for name in (models.adapters if adapters is None else adapters)}
     pinned = pinned_by(models, options)
+    known = [*registered.values(), *(a for a in models.adapters.values() if a.sha256 in pinned)]
+    few = max(LEAST, len({adapter.sha256 for adapter in known}))
     config = EngineConfig(
         models.base,
         dtype=options.dtype,
         device=options.device,
-        max_loras_per_batch=options.max_loras_per_batch,
+        max_loras_per_batch=options.max_loras_per_batch or min(models.slots, few),
         max_loaded_loras=options.max_loaded_loras,
         lora_host_bytes=options.lora_host_bytes,
         lora_eviction=Eviction(options.lora_eviction_policy),
@@ -41,7 +44,6 @@ def load_engine(
         prefix_sharing=not options.no_prefix_sharing,
         max_row_tokens=longest_row,
     )
-    known = [*registered.values(), *(a for a in models.adapters.values() if a.sha256 in pinned)]
     try:
         engine = Engine(config, known)
         if options.preload:
@@ -62,7 +64,7 @@ def pinned_by(models: Models, options: ModelOptions) -> frozenset[str]:
             raise Failure(ExitCode.USAGE, f"--pin {name}: it can only be served merged: {'; '.join(reasons)}")
     pinned = frozenset(models.adapters[name].sha256 for name in options.pinned)
     others = {adapter.sha256 for adapter in models.adapters.values()} - pinned
-    if len(pinned) > options.max_loras_per_batch - bool(others):
-        slots = f"--max-loras-per-batch {options.max_loras_per_batch}"
+    if len(pinned) > models.slots - bool(others):
+        slots = f"--max-loras-per-batch {models.slots}"
         raise Failure(ExitCode.USAGE, f"--pin: {len(pinned)} adapters leave no slot of {slots} for the others")
     return pinned

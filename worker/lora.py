@@ -203,6 +203,13 @@ class FusedLinear:
         mine = [pairs.get(name, ()) for name in self.names]
         return self.form.pack(mine, room, filling) if self.form is not None and any(mine) else None
 
+    def slot_bytes(self, ranks: Mapping[str, int]) -> int:
+        """What the slots take on the device once an adapter of these ranks is in one: nothing where they point at what
+        host memory holds."""
+        rank = 0 if self.form is not None else max((ranks.get(name, 0) for name in self.names), default=0)
+        numbers = rank * (len(self.widths) * self.weight.shape[1] + sum(self.widths))
+        return self._slots * numbers * self.weight.itemsize
+
     def panel_size(self, ranks: Mapping[str, int]) -> int:
         """How many numbers `panels` takes of an adapter of these ranks."""
         return 0 if self.form is None else self.form.size([ranks.get(name, 0) for name in self.names])

@@ -48,7 +48,7 @@ def manifest_of(models: Models, options: ModelOptions, dtype: str) -> tuple[Mani
         parts=parts | {"--dtype": dtype},
         max_model_len=models.base.max_model_len,
         vocab_size=models.base.vocab_size,
-        max_loras=options.max_loras_per_batch,
+        max_loras=models.slots,
         sampling_defaults=models.base.sampling_defaults,
         tokenizer=base_tokenizer,
         chat_template=models.opener.tokenizers.chat_template,

@@ -193,6 +193,10 @@ class Model:
         """Bytes that merging into these parameters takes at most beside the base, embedding and head of that size."""
         return self._merged.nbytes(parameters, vocab_size)
 
+    def slot_bytes(self, ranks: Mapping[str, int]) -> int:
+        """Bytes that the adapter slots take beside the base, for adapters of at most these ranks, by module path."""
+        return sum(projection.slot_bytes(ranks) for projection in self.projections)
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Run a packed batch; logits [O, vocab] of its output rows, in the model's dtype, good until the next call."""

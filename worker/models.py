@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from loramill.worker.adapters import AdapterError as AdapterError  # for whoever
 from loramill.worker.model import BaseInfo, ModelError, describe_base
 from loramill.worker.registry import read_registry
 from loramill.worker.settings import ModelOptions
+from loramill.worker.slot_count import slot_count
 from loramill.worker.specs import AdapterSpec, check_name, locate
 from loramill.worker.tokenizers import Tokenizers
 
@@ -39,6 +41,9 @@ class Models:
     """What is used otherwise than it may have been meant, one line each."""
     parts: Mapping[str, str]
     """What of the base decides the answers, as a person calls it -> its content's hash."""
+    slots: int
+    """Adapters on the device at once, and in one row's mix: --max-loras-per-batch, or what `slot_count` says of the
+    adapters that there were at first."""
 
     def adding(self, name: str, spec: AdapterSpec, scale: float | None = None) -> tuple[Models, Opened]:
         """The same with one adapter more, or another one of that name; it is found, read and checked as at the start.
@@ -160,6 +165,7 @@ def open_models(options: ModelOptions, *, all_or_nothing: bool = True) -> Models
             "--dtype": options.dtype,
             "--seed": str(options.seed),
         },
+        options.max_loras_per_batch or _slots([one.adapter for one in opened.values()], base),
     )
 
 
@@ -188,6 +194,11 @@ def _warnings(opened: Mapping[str, Opened]) -> Iterator[str]:
             names.setdefault(one.warning, []).append(name)
     for warning, (first, *others) in names.items():
         yield f"adapter `{first}`" + (f" (and {len(others)} others)" if others else "") + f": {warning}"
+
+
+def _slots(adapters: Iterable[Adapter], base: BaseInfo) -> int:
+    sizes = {adapter.sha256: adapter.numbers for adapter in adapters if not adapter.static_only}
+    return slot_count(sizes.values(), sum(map(prod, base.parameters.values())))
 
 
 def _in_order(tables: Mapping[str, Mapping[str, object]]) -> str:

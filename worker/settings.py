@@ -48,7 +48,8 @@ class ModelOptions(AdapterOptions):
     chat_template: Path | None = None
     max_lora_rank: int = 64
     max_model_len: int | None = None
-    max_loras_per_batch: int = 8
+    max_loras_per_batch: int | None = None
+    """None goes by the adapters: `Models.slots`."""
     max_loaded_loras: int | None = None
     lora_host_bytes: int | None = None
     """None lets the engine choose."""
@@ -92,6 +93,15 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
     if count < 1:
         raise click.BadParameter(f"{value!r} is not above 0", ctx, param)
     return count
+
+
+def _count(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    """A number from 1; None for `auto`."""
+    if value.lower() == "auto":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise click.BadParameter(f"{value!r} is neither a number above 0 nor auto", ctx, param)
+    return int(value)
 
 
 def _named_specs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, AdapterSpec]:
@@ -190,7 +200,8 @@ OFFER_FLAGS = [
     flag("--base-name", metavar="NAME", help="The base's name in job lines.  [default: last part of --base-model]"),
     *ADAPTER_FLAGS,
     ALLOW_NOOP,
-    flag("--max-loras-per-batch", type=POSITIVE, default=8, help="Adapters on the device at once."),
+    flag("--max-loras-per-batch", callback=_count, default="auto", metavar="auto|N",
+         help="Adapters on the device at once, at most; auto goes by how many there are and how large."),
     flag("--max-model-len", type=POSITIVE, help="Prompt and output tokens of a row.  [default: the model's context]"),
     MAX_RANK,
     flag("--dtype", type=_DTYPES, default="auto", help="What to compute in."),

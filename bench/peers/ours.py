@@ -14,17 +14,14 @@ from bench.peers.runner import Answers, Runner
 class Loramill(Runner):
     """`loramill run` over the job: all rows by the base, or by adapters in one of its modes.
 
-    8 slots are the command's default, and evict where there are more adapters; 16 hold every adapter of the main point,
-    as PEFT does.
+    By default the command has a slot for each adapter, up to 64. 8 slots evict where there are more adapters.
     """
 
-    def __init__(
-        self, name: str, about: str, *, slots: int = 0, mode: str = "dynamic", flags: tuple[str, ...] = ()
-    ) -> None:
-        """`slots` is --max-loras-per-batch; without it or a mode other than dynamic, the base answers alone."""
+    def __init__(self, name: str, about: str, *, slots: int = 0, mode: str = "", flags: tuple[str, ...] = ()) -> None:
+        """`slots` is --max-loras-per-batch, 0 the default; with neither slots nor a mode the base answers alone."""
         self.name, self.title = name, f"loramill, {about}"
-        self.lora = slots > 0 or mode != "dynamic"
-        self.slots, self.mode, self.flags = slots, mode, flags
+        self.lora = bool(slots or mode)
+        self.slots, self.mode, self.flags = slots, mode or "dynamic", flags
 
     def absent(self) -> str | None:
         if not command.COMMAND.exists():

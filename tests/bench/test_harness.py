@@ -21,21 +21,21 @@ from bench.rounds import measure
 def test_a_small_job_is_run_checked_and_written(tmp_path: Path) -> None:
     out = tmp_path / "results"
     options = ["--layers", "1", "--rows", "2", "--repeats", "1", "--dir", str(tmp_path / "cache"), "--out", str(out)]
-    names = ["loramill", "peft-mixed", "vllm-8"]
+    names = ["loramill", "loramill-16", "peft-mixed", "vllm-16"]
     arguments = [sys.executable, "-m", "bench", *options, "--points", "main", "growth-1000", "--runners", *names]
     # One thread: with more, a busy neighbour makes every barrier wait for the scheduler.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_VLLM_PYTHON": str(tmp_path / "none")}
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "main.json").read_text())
-    assert set(result["runners"]) == {"loramill", "peft-mixed"}
-    assert len(result["ratios"]["loramill / peft-mixed"]["rounds"]) == 1
+    assert set(result["runners"]) == {"loramill-16", "peft-mixed"}
+    assert len(result["ratios"]["loramill-16 / peft-mixed"]["rounds"]) == 1
     assert result["hardware"]["threads"] == 1
-    assert "BENCH_VLLM_PYTHON" in result["absent"]["vllm-8"]
-    agreed = result["runners"]["loramill"]["agreement"]
+    assert "BENCH_VLLM_PYTHON" in result["absent"]["vllm-16"]
+    agreed = result["runners"]["loramill-16"]["agreement"]
     assert agreed["tokens"] > 0
     assert "| PEFT, mixed batch |" in done.stdout
-    assert "| vllm-8 | absent: not installed" in done.stdout
+    assert "| vllm-16 | absent: not installed" in done.stdout
     grown = json.loads((out / "growth-1000.json").read_text())
     assert grown["job"]["tiny"]
     assert grown["runners"]["loramill"]["peak_bytes"][0] > 50e6

@@ -106,12 +106,11 @@ def test_adapters_of_several_rank_classes_begin_together_only_where_a_class_has_
 @given(jobs())
 def test_rows_of_a_set_of_adapters_go_longest_first(job: Job) -> None:
     made = job.plan()
-    cost = np.add(job.prompt, job.answer)
     static = {mix for mix, one in made.decisions.items() if one.mode is Mode.STATIC}
     keys = [mix if mix in static else job.limits.needed(job.facts[mix]) if mix >= 0 else frozenset() for mix in job.mix]
     for key in set(keys):
         own = [int(row) for row in made.rows if keys[row] == key]
-        assert own == sorted(own, key=lambda row: (-cost[row], row))
+        assert own == sorted(own, key=lambda row: (-job.answer[row], -job.prompt[row], job.mix[row], row))
 
 
 @given(jobs())
@@ -267,6 +266,26 @@ def test_the_engine_loads_every_adapter_once(job: list[tuple[int, int]], slots: 
 
 def test_a_small_job_goes_heaviest_adapter_first() -> None:
     assert order_of([0, 1, 1, -1, 0], [5, 9, 9, 50, 3], slots=1, max_num_seqs=4).tolist() == [1, 2, 0, 4, 3]
+
+
+def test_where_all_adapters_have_slots_the_shortest_rows_keep_the_batch_full_to_the_end() -> None:
+    rng = np.random.default_rng(2)
+    weights = 1 / np.arange(1, 17)
+    for rows in (256, 4000):
+        mix = rng.choice(16, rows, p=weights / weights.sum()).astype(np.int32)
+        answer = rng.integers(4, 129, rows)
+        job = Job(mix.tolist(), [9] * rows, answer.tolist(), one_each(16), Limits(16, 128, 1 << 20))
+        made = job.plan()
+        steps, _ = simulate(mix[made.rows], answer[made.rows], 16, 128)
+        grouped = np.lexsort((-answer, mix))
+        by_adapter, _ = simulate(mix[grouped], answer[grouped], 16, 128)
+        ideal = max(answer.max(), answer.sum() / 128)
+        assert steps <= 1.03 * ideal
+        assert by_adapter - steps > 25
+        assert len(made.waves) == 1
+    # Most of a large job still goes adapter by adapter.
+    begins = made.rows[:3000]
+    assert (np.diff(mix[begins]) != 0).sum() <= 15 < (np.diff(mix[made.rows]) != 0).sum()
 
 
 def test_light_adapters_come_first_with_the_base_filling_up() -> None:

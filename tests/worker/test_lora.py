@@ -74,6 +74,22 @@ def test_without_packing_the_answers_stay(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @torch.inference_mode()
+def test_what_slots_will_take_is_known_before_they_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"q_proj": 4, "v_proj": 2}
+    for projection in install(Attention(torch.float32), slots=3):
+        if projection.form is not None:  # slots point at what host memory holds
+            assert projection.slot_bytes(ranks) == 0
+    monkeypatch.setattr(lora, "panel_form", lambda *_: None)
+    qkv, o = install(Attention(torch.float32), slots=3)
+    qkv.put(
+        1, {"q_proj": Delta(torch.ones(4, 32), torch.ones(4, 24)), "v_proj": Delta(torch.ones(2, 32), torch.ones(2, 8))}
+    )
+    o.put(1, {})
+    assert isinstance(qkv.lora, lora.DenseLora)
+    assert (qkv.slot_bytes(ranks), o.slot_bytes(ranks)) == (qkv.lora.a.nbytes + qkv.lora.b.nbytes, 0)
+
+
+@torch.inference_mode()
 def test_a_slot_holds_its_adapter_and_nothing_of_the_last() -> None:
     generator = torch.Generator().manual_seed(1)
 
