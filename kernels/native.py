@@ -89,6 +89,13 @@ def operators() -> ctypes.CDLL | None:
         return None
 
 
+def matrix_unit() -> bool:
+    """Whether operators in bfloat16 go by the processor's matrix unit (AMX): it has one, the system lets us use it, and
+    LORAMILL_AMX=0 does not leave it out."""
+    found = operators()
+    return found is not None and bool(found.matrix_unit())
+
+
 def _compiled(compiler: str) -> Path:
     """The library's file, made unless it is there."""
     sources = sorted(SOURCES.glob("*.cpp"))

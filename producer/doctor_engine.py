@@ -58,10 +58,11 @@ def triton() -> Iterator[Finding]:
 
 def native() -> Iterator[Finding]:
     """Whether the operators for a CPU are compiled."""
-    from loramill.kernels.native import operators
+    from loramill.kernels.native import matrix_unit, operators
 
     if operators() is not None:
-        yield Finding("native", State.OK, "the operators for a CPU are compiled")
+        by_unit = "; those in bfloat16 use its matrix unit (AMX)" if matrix_unit() else ""
+        yield Finding("native", State.OK, f"the operators for a CPU are compiled{by_unit}")
     elif os.environ.get("LORAMILL_NATIVE") == "0":
         yield Finding("native", State.WARN, "LORAMILL_NATIVE=0: a CPU computes at about 60 % of its speed", "unset it")
     else:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_PRODUCTS = 24
-"""How many of oneDNN's products to keep: of four numbers of rows, with six shapes of weights. Kept for longer they lie
-between what passes allocate, and tear the memory that is kept for it: 10,000 short rows of the tiny model took 535 MB
-with 24 of them, 550 with 32, 620 with 128 and 710 with 1024, in 5.9, 5.4, 5.5 and 6.1 s."""
+_PRODUCTS = 128
+"""How many of oneDNN's products to keep: of some twenty numbers of rows (`lora.compiled_rows`) with six shapes of
+weights. Each takes half a megabyte, and compiled amid what passes allocate it tears the memory that is kept for those:
+with a product for every number of rows, 10,000 short rows of the tiny model took 620 MB with 128 of them kept and 535
+with 24, which were then compiled over and over; with few numbers of rows 128 take 517."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # from glibc's malloc.h
 

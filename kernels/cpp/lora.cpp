@@ -111,3 +111,11 @@ void multi_lora_gated(const Call<T> &call, const T *y, int64_t y_row, T *out) {
 
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)
+
+extern "C" int matrix_unit() {
+#ifdef HAS_TILES
+    return tiles::allowed();
+#else
+    return 0;
+#endif
+}

@@ -162,8 +162,11 @@ def test_sizes_that_are_no_whole_vectors_attend_in_torch() -> None:
 def test_vectors_serve_where_the_matrix_unit_is_not_to() -> None:
     which = "lora or at_once or attention or nan"
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", which, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env={**os.environ, "LORAMILL_AMX": "0"}, capture_output=True, text=True)
+    without = {**os.environ, "LORAMILL_AMX": "0"}
+    done = subprocess.run(command, env=without, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+    ask = [sys.executable, "-c", "from loramill.kernels.native import matrix_unit; print(matrix_unit())"]
+    assert subprocess.check_output(ask, env=without, text=True) == "False\n"
 
 
 def test_without_a_compiler_there_is_no_library(

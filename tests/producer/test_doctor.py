@@ -141,6 +141,16 @@ def test_a_wrong_operator_is_seen(monkeypatch: pytest.MonkeyPatch, slots: type[D
     assert finding.state is State.FAIL
 
 
+@pytest.mark.parametrize("unit", [False, True])
+def test_it_says_whether_the_matrix_unit_is_used(monkeypatch: pytest.MonkeyPatch, unit: bool) -> None:
+    if operators() is None:
+        pytest.skip("there is no C++ compiler here")
+    monkeypatch.setattr("loramill.kernels.native.matrix_unit", lambda: unit)
+    (finding,) = doctor_engine.native()
+    assert finding.state is State.OK
+    assert ("AMX" in finding.said) == unit
+
+
 @pytest.mark.parametrize(("setting", "advice"), [(None, "install g++"), ("0", "unset it")])
 def test_operators_that_are_not_compiled(monkeypatch: pytest.MonkeyPatch, setting: str | None, advice: str) -> None:
     if setting is not None:

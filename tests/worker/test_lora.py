@@ -14,7 +14,7 @@ from loramill.kernels.multi_lora import Routing
 from loramill.kernels.segments import segments_of
 from loramill.worker import lora
 from loramill.worker.batch import Batch, Probe, running
-from loramill.worker.lora import FusedLinear, install
+from loramill.worker.lora import FusedLinear, Product, install
 from loramill.worker.packed import Delta
 
 CPU = torch.device("cpu")
@@ -71,6 +71,25 @@ def test_without_packing_the_answers_stay(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(lora, "_prepacked", lambda weight: None)
         plain = FusedLinear(["x"], [linear], 1, is_head=False).columns(x, 0)
     torch.testing.assert_close(packed, plain)
+
+
+def test_products_are_compiled_for_few_numbers_of_rows() -> None:
+    numbers = [lora.compiled_rows(rows) for rows in range(1, 8193)]
+    assert len(set(numbers)) == 32
+    assert all(rows <= number < 1.25 * rows + 16 for rows, number in enumerate(numbers, 1))
+    assert lora.compiled_rows(0) == 0
+
+
+@pytest.mark.parametrize("shape", [(1,), (15,), (16,), (33,), (200,), (1, 77), (0,)])
+@torch.inference_mode()
+def test_rows_that_fill_a_product_up_are_not_seen(shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(16, 8, dtype=torch.bfloat16)
+    product = Product(linear.weight, linear.bias)
+    x = torch.randn(*shape, 16).to(torch.bfloat16)
+    expected = nn.functional.linear(x.float(), linear.weight.float(), linear.bias.float())
+    got = product(x)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.02)
 
 
 @torch.inference_mode()
