@@ -139,8 +139,10 @@ class Draft:
         order: Order,
         costs: Costs | None,
         decided: Mapping[str, str],
+        to_cut: bool = False,
     ) -> JobPlan:
-        """`decided`: what an earlier run of the job kept of its `JobPlan.decisions`. Raises ValueError as `plan`."""
+        """`decided`: what an earlier run of the job kept of its `JobPlan.decisions`. `to_cut` and ValueError as `plan`
+        has them."""
         number = self._content
         limits = Limits(
             slots,
@@ -162,6 +164,7 @@ class Draft:
             order=order,
             costs=costs,
             decided=known,
+            to_cut=to_cut,
         )
         return JobPlan(made, self.mix, self.mixes, self.names, self.prompt + self.answer)
 

@@ -47,6 +47,7 @@ def plan(
     order: Literal["throughput", "input"] = "throughput",
     costs: Costs | None = None,
     decided: Mapping[int, Mode] | None = None,
+    to_cut: bool = False,
 ) -> Plan:
     """Every row in one wave; no wave with more adapters than slots; the same for the same arguments.
 
@@ -55,6 +56,7 @@ def plan(
     begins: (rows,) how prompts begin (`prefixes.beginnings`), if rows of a mix that begin alike are to be together:
     what they have in common is then computed once.
     decided: what an earlier run of the same job decided, kept as it is.
+    to_cut: the order is going to be cut in shards for several engines: each should then need few adapters.
 
     `throughput` serves all dynamic waves, which run on into one another, and then one static wave for each merged mix,
     the most tokens first. A static wave starts and ends with an empty engine: ones among the dynamic waves would each
@@ -81,7 +83,7 @@ def plan(
         rows = np.arange(start, min(start + size, len(mix)))
         dynamic, static = rows[~is_static[rows]], rows[is_static[rows]]
         if order == "throughput":
-            waves += arrange(dynamic, mix, cost, turn, facts, limits)
+            waves += arrange(dynamic, mix, cost, turn, facts, limits, to_cut=to_cut)
         else:
             waves += arrange_in_turn(dynamic, mix, facts, limits)
         waves += _static_waves(static, mix, cost, turn)

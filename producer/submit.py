@@ -190,6 +190,7 @@ def plan_of(index: Index, offer: Offer, left: NDArray[np.int64]) -> JobPlan:
         order="throughput",
         costs=None,
         decided={},
+        to_cut=True,
     )
 
 

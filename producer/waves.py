@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -78,7 +78,14 @@ class Wave:
 
 
 def arrange(
-    rows: Ints, mix: NDArray[np.int32], cost: Ints, turn: Ints, facts: Sequence[MixFacts], limits: Limits
+    rows: Ints,
+    mix: NDArray[np.int32],
+    cost: Ints,
+    turn: Ints,
+    facts: Sequence[MixFacts],
+    limits: Limits,
+    *,
+    to_cut: bool = False,
 ) -> Iterator[Wave]:
     """The dynamic waves of `rows` (positions) in the order that keeps the batch full and loads each adapter once.
 
@@ -86,7 +93,7 @@ def arrange(
     turn: (all rows,) their order where nothing else decides (`prefixes.turns`).
 
     The rows of one adapter keep together, the longest in front, so that its short rows fill the gaps at its end. Where
-    all adapters have slots there is one wave, and the shortest rows of all end it.
+    all adapters have slots there is one wave, and unless it is `to_cut` the shortest rows of all end it.
 
     Otherwise an adapter is needed in consecutive waves only. Adapters of one wave are of one rank class, since a tile
     pays for the largest rank beside it. Adapters with few rows cannot fill a batch by themselves, so they come first,
@@ -95,7 +102,11 @@ def arrange(
     """
     members = [(limits.needed(one), one.rank) for one in facts]
     needs, spare, chains = units(rows, mix, cost, turn, members, limits.free)
-    for parts in _parts(needs, spare, chains, cost, turn, limits):
+
+    def in_order(together: Ints) -> Ints:
+        return together if to_cut else _shortest_last(together, cost, turn, limits.max_num_seqs)
+
+    for parts in _parts(needs, spare, chains, limits, in_order):
         joined = np.concatenate(parts)
         yield Wave(Mode.DYNAMIC, tuple(np.unique(mix[joined]).tolist()), joined)
 
@@ -123,13 +134,15 @@ def arrange_in_turn(rows: Ints, mix: NDArray[np.int32], facts: Sequence[MixFacts
 
 
 def _parts(
-    needs: list[Unit], spare: Unit, chains: list[list[Unit]], cost: Ints, turn: Ints, limits: Limits
+    needs: list[Unit], spare: Unit, chains: list[list[Unit]], limits: Limits, in_order: Callable[[Ints], Ints]
 ) -> Iterator[list[Ints]]:
-    """The rows of each wave in turn, in parts that are each of one unit."""
+    """The rows of each wave in turn, in parts; `in_order` is for a wave of all adapters that are not in chains."""
     for unit in (unit for chain in chains for unit in chain):
         yield [unit.rows, spare.take(limits.max_num_seqs - len(unit.rows))]
     if sum(len(unit.members) for unit in needs) <= limits.free:
-        yield from _all_at_once(needs, spare, cost, turn, limits.max_num_seqs)
+        units = [unit for own in reversed(_by_class(needs)) for unit in reversed(own)]
+        every = np.concatenate([*(unit.rows for unit in units), spare.take(len(spare.rows))])
+        yield from [[in_order(every)]] if len(every) else []
     elif sum(len(unit.rows) for unit in (*needs, spare)) <= 2 * limits.max_num_seqs:
         yield from _heaviest_first(needs, spare, limits.free)
     else:
@@ -138,19 +151,16 @@ def _parts(
         yield [spare.rows]
 
 
-def _all_at_once(needs: list[Unit], spare: Unit, cost: Ints, turn: Ints, max_num_seqs: int) -> Iterator[list[Ints]]:
-    """Slots for every adapter: one unit after the other, the heaviest first, but the shortest rows of all at the end.
+def _shortest_last(rows: Ints, cost: Ints, turn: Ints, max_num_seqs: int) -> Ints:
+    """The same rows with the last ones in turn, which are the shortest, at the end.
 
     Those fill up the batch while the last long rows run: there are so many of them as can, if all of its places are
     taken for as long as the longest row runs.
     """
-    units = [unit for own in reversed(_by_class(needs)) for unit in reversed(own)]
-    rows = np.concatenate([*(unit.rows for unit in units), spare.take(len(spare.rows))])
-    if len(rows):
-        in_turn = rows[np.argsort(turn[rows])]
-        left = np.cumsum(cost[in_turn][::-1])[::-1]
-        kept = in_turn[left <= max_num_seqs * int(cost[rows].max())]
-        yield [rows[turn[rows] < turn[kept[0]]], kept]
+    in_turn = rows[np.argsort(turn[rows])]
+    left = np.cumsum(cost[in_turn][::-1])[::-1]
+    last = in_turn[left <= max_num_seqs * int(cost[rows].max())]
+    return np.concatenate([rows[turn[rows] < turn[last[0]]], last])
 
 
 def _heaviest_first(needs: list[Unit], spare: Unit, slots: int) -> Iterator[list[Ints]]:

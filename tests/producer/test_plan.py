@@ -286,6 +286,8 @@ def test_where_all_adapters_have_slots_the_shortest_rows_keep_the_batch_full_to_
     # Most of a large job still goes adapter by adapter.
     begins = made.rows[:3000]
     assert (np.diff(mix[begins]) != 0).sum() <= 15 < (np.diff(mix[made.rows]) != 0).sum()
+    # What is cut in shards keeps the rows of an adapter together to the end.
+    assert (np.diff(mix[job.plan(to_cut=True).rows]) != 0).sum() == 15
 
 
 def test_light_adapters_come_first_with_the_base_filling_up() -> None:
